@@ -1,0 +1,1 @@
+"""Everything that moves: orchestration, data, training, serving. Models live in the package `models`."""

@@ -1,0 +1,337 @@
+"""Typed view of params.yaml: every knob once, with its meaning, unit and legal range.
+
+There are no defaults here: the file is the only source. `load()` checks all sections before anything runs and names
+the offending key. Overlays (recipes, `--set key=value`) are merged before the check and may not add keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from flows.errors import ConfigError
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+OpenFraction = Annotated[float, Field(gt=0.0, lt=1.0)]
+HalfOpenFraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Percentage = Annotated[int, Field(ge=1, le=100)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+CropScale = Annotated[  # strict=False: YAML has lists, not tuples
+    tuple[Annotated[float, Field(gt=0.0, le=1.0)], Annotated[float, Field(gt=0.0, le=1.0)]], Field(strict=False)
+]
+Providers = Literal["auto"] | Annotated[list[str], Field(min_length=1)]
+
+
+class Section(BaseModel):
+    # strict, so that "8" or true is not silently a number
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Ingest(Section):
+    dataset: Literal["digits", "cifar10", "folder"]
+    source: str
+    val_fraction: OpenFraction
+    test_fraction: HalfOpenFraction
+    max_bad_fraction: Fraction
+    max_pixels: Positive
+    shard_mb: Positive
+    split_seed: Count
+
+    @model_validator(mode="after")
+    def _splits_leave_training_images(self) -> Self:
+        if self.val_fraction + self.test_fraction >= 1.0:
+            raise ValueError("val_fraction + test_fraction must be below 1, so that images remain for training")
+        return self
+
+
+class Scale(Section):
+    percentages: Annotated[list[Percentage], Field(min_length=1)]
+    subset_seed: Count
+
+    @model_validator(mode="after")
+    def _ascending(self) -> Self:
+        if self.percentages != sorted(set(self.percentages)):
+            raise ValueError(f"percentages must ascend without repetition, got {self.percentages}")
+        return self
+
+
+class Model(Section):
+    backbone: str
+    image_size: Positive
+    patch_size: Positive
+    window_size: Positive
+
+    @model_validator(mode="after")
+    def _patches_fit(self) -> Self:
+        if self.image_size % self.patch_size:
+            raise ValueError(f"patch_size {self.patch_size} must divide image_size {self.image_size}")
+        return self
+
+
+class Loader(Section):
+    workers: Count
+    cache_mb: Count
+
+
+class Training(Section):
+    """What the training loop and DeepSpeed need; the same for every task."""
+
+    steps: Positive
+    batch_size: Positive
+    accumulation: Positive
+    processes: Literal["auto"] | Positive
+    threads: Count
+    zero_stage: Annotated[int, Field(ge=0, le=3)]
+    precision: Literal["fp32", "bf16", "auto"]
+    activation_checkpointing: bool
+    lr: Annotated[float, Field(gt=0.0)]
+    warmup_lr: NonNegative
+    min_lr: NonNegative
+    warmup_steps: Count
+    schedule: Literal["cosine", "step"]
+    step_at: Fraction
+    step_factor: Annotated[float, Field(gt=0.0, le=1.0)]
+    weight_decay: NonNegative
+    betas: Annotated[tuple[HalfOpenFraction, HalfOpenFraction], Field(strict=False)]
+    clip_grad: NonNegative
+    log_every: Positive
+    validate_every: Positive
+    checkpoint_every: Positive
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps {self.warmup_steps} must be below steps {self.steps}")
+        if self.min_lr > self.lr or self.warmup_lr > self.lr:
+            raise ValueError(f"min_lr and warmup_lr must not exceed lr {self.lr}")
+        divisor = self.accumulation * (1 if self.processes == "auto" else self.processes)
+        if self.batch_size % divisor:
+            raise ValueError(f"batch_size {self.batch_size} must be divisible by processes x accumulation = {divisor}")
+        return self
+
+
+class Pretrain(Section):
+    subset: Percentage
+    mask_unit: Positive
+    mask_ratio: OpenFraction
+    normalize_target: Count
+    crop_scale: CropScale
+    flip: bool
+    drop_path: HalfOpenFraction
+    picture_images: Positive
+    training: Training
+
+    @model_validator(mode="after")
+    def _odd_window(self) -> Self:
+        if self.normalize_target and self.normalize_target % 2 == 0:
+            raise ValueError(f"normalize_target must be 0 or odd, got {self.normalize_target}")
+        return self
+
+
+class Finetune(Section):
+    subset: Percentage
+    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)]
+    mixup: NonNegative
+    cutmix: NonNegative
+    label_smoothing: HalfOpenFraction
+    crop_scale: CropScale
+    flip: bool
+    drop_path: HalfOpenFraction
+    training: Training
+
+
+class Evaluate(Section):
+    split: Literal["test", "val"]
+    batch_size: Positive
+    calibration_bins: Positive
+
+
+class Export(Section):
+    opset: Annotated[int, Field(ge=18, le=25)]
+    int8_calibration_images: Positive
+    dynamic_batch_max: Annotated[int, Field(ge=2)]
+
+
+class Parity(Section):
+    samples: Positive
+    batch_sizes: Annotated[list[Positive], Field(min_length=1)]
+    fp32_max_abs_error: NonNegative
+    fp32_min_agreement: Fraction
+    int8_max_mean_error: NonNegative
+    int8_min_agreement: Fraction
+    int8_max_accuracy_drop: Fraction
+    latency_batch_sizes: Annotated[list[Positive], Field(min_length=1)]
+    latency_runs: Positive
+    providers: Providers
+
+
+class Registry(Section):
+    model_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.{}-]+$")]
+    min_test_top1: Fraction
+    min_gain: Annotated[float, Field(ge=-1.0, le=1.0)]
+    require_parity: bool
+
+
+class Serve(Section):
+    host: str
+    port: Annotated[int, Field(ge=0, le=65535)]
+    variant: Literal["fp32", "int8"]
+    providers: Providers
+    threads: Count
+    max_upload_mb: Positive
+    max_batch: Positive
+
+
+class Tracking(Section):
+    uri: Annotated[str, Field(min_length=1)]
+    experiment: Annotated[str, Field(min_length=1)]
+
+
+class Pipeline(Section):
+    parallel_stages: Positive
+    retries: Count
+    smoke_images: Positive
+
+
+class Params(Section):
+    seed: Count
+    ingest: Ingest
+    scale: Scale
+    model: Model
+    loader: Loader
+    pretrain: Pretrain
+    finetune: Finetune
+    evaluate: Evaluate
+    export: Export
+    parity: Parity
+    registry: Registry
+    serve: Serve
+    tracking: Tracking
+    pipeline: Pipeline
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Self:
+        if self.pretrain.mask_unit % self.model.patch_size:
+            raise ValueError(
+                f"pretrain.mask_unit {self.pretrain.mask_unit} must be a multiple of model.patch_size "
+                f"{self.model.patch_size}"
+            )
+        if self.model.image_size % self.pretrain.mask_unit:
+            raise ValueError(
+                f"pretrain.mask_unit {self.pretrain.mask_unit} must divide model.image_size {self.model.image_size}"
+            )
+        for name, subset in (("pretrain", self.pretrain.subset), ("finetune", self.finetune.subset)):
+            if subset not in self.scale.percentages:
+                raise ValueError(f"{name}.subset {subset} is not among scale.percentages {self.scale.percentages}")
+        return self
+
+    def registered_model(self, dataset: str) -> str:
+        """Name in the model registry for what was trained on `dataset`."""
+        return self.registry.model_name.replace("{dataset}", dataset)
+
+
+def load(path: Path | None = None) -> Params:
+    """Read and check `path` (default: params.yaml of the current directory).
+
+    Raises:
+        ConfigError: one line that names the key, the value and what is legal.
+    """
+    path = path or Path("params.yaml")
+    return check(read(path), str(path))
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The raw mapping in a YAML file."""
+    try:
+        value = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} must hold sections of keys, found a {type(value).__name__}")
+    return value
+
+
+def check(values: Mapping[str, Any], origin: str) -> Params:
+    try:
+        return Params.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{origin}: {_first_problem(error)}") from None
+
+
+def _first_problem(error: ValidationError) -> str:
+    problems = error.errors()
+    first = problems[0]
+    key = ".".join(str(part) for part in first["loc"] if not isinstance(part, str) or "[" not in part)
+    kind = first["type"]
+    if kind == "extra_forbidden":
+        text = f"unknown key `{key}`"
+    elif kind == "missing":
+        text = f"missing key `{key}`"
+    else:
+        message = first["msg"].removeprefix("Value error, ")
+        shown = first["input"] if not isinstance(first["input"], dict) else None
+        text = f"`{key}`: {message}" if key else message
+        if shown is not None and kind != "value_error":
+            text += f" (found {shown!r})"
+    more = len(problems) - 1
+    return text + (f" (and {more} more problem{'s' if more > 1 else ''})" if more else "")
+
+
+def overlay(base: Mapping[str, Any], change: Mapping[str, Any], origin: str, prefix: str = "") -> dict[str, Any]:
+    """`base` with the leaves of `change` replaced; a key that `base` does not have is an error."""
+    merged = dict(base)
+    for key, value in change.items():
+        name = f"{prefix}{key}"
+        if key not in merged:
+            raise ConfigError(f"{origin}: unknown key `{name}`")
+        if isinstance(merged[key], dict):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{origin}: `{name}` is a section of keys, found {value!r}")
+            merged[key] = overlay(merged[key], value, origin, f"{name}.")
+        else:
+            merged[key] = value
+    return merged
+
+
+def parse_setting(text: str) -> dict[str, Any]:
+    """`"finetune.training.lr=1e-3"` as a nested mapping; the value is read as YAML.
+
+    Raises:
+        ConfigError: no `=` or an empty key.
+    """
+    key, separator, value = text.partition("=")
+    if not separator or not key.strip():
+        raise ConfigError(f"a setting has the form key=value, got {text!r}")
+    try:
+        parsed: Any = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError(f"the value in {text!r} is not valid YAML") from None
+    if isinstance(parsed, str):
+        try:
+            parsed = float(parsed)  # YAML 1.1 reads 1e-3 as text
+        except ValueError:
+            pass
+    for part in reversed(key.strip().split(".")):
+        parsed = {part: parsed}
+    return parsed  # type: ignore[no-any-return]
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
