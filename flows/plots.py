@@ -11,6 +11,7 @@ import csv
 import io
 import math
 import threading
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,7 +54,9 @@ def _render(figure: Any, format: Format, name: str) -> bytes:
     # SVG: text as text; the salt (instead of a random one) and no date make the bytes reproducible
     settings = {"svg.fonttype": "none", "svg.hashsalt": name}
     metadata = {"Date": None, "Creator": None} if format == "svg" else {"Software": None}
-    with _drawing, rc_context(settings):
+    with _drawing, rc_context(settings), warnings.catch_warnings():
+        # class names in scripts that the bundled font lacks: boxes in PNG, the reader's own fonts in SVG
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         colour = "none" if format == "svg" else "white"
         figure.savefig(buffer, format=format, dpi=PNG_DPI, facecolor=colour, metadata=metadata)
     return buffer.getvalue()
@@ -157,28 +160,45 @@ def curves(runs: Mapping[str, History], format: Format = "png") -> bytes:
     Raises:
         ValueError: no run has any of them.
     """
-    panels = [
-        panel
-        for panel in _PANELS
-        if any(panel.train in run.train or panel.validation in run.validation for run in runs.values())
-    ]
+    panels = _panels_of(runs)
     if not panels:
         raise ValueError("no curve to draw: the runs have none of the known columns")
     columns = min(len(panels), 3)
     rows = math.ceil(len(panels) / columns)
     figure = _figure(3.9 * columns, 2.75 * rows)
     for index, panel in enumerate(panels):
-        axes = figure.add_subplot(rows, columns, index + 1)
-        _style(axes, panel.title, "optimiser step", panel.unit)
-        for colour, (name, run) in zip(SERIES, runs.items(), strict=False):
-            _draw_run(axes, panel, run, colour, f"{name}: " if len(runs) > 1 else "")
-        _plain_ticks(axes.xaxis)
-        _plain_ticks(axes.yaxis)
-        if panel.train in ("images_per_s", "memory_mb"):
-            axes.set_ylim(bottom=0)
-        if (panel.train and panel.validation) or len(runs) > 1:
-            _legend(axes)
+        _draw_panel(figure.add_subplot(rows, columns, index + 1), panel, runs)
     return _render(figure, format, "curves")
+
+
+def curve_panels(runs: Mapping[str, History], format: Format = "png") -> dict[str, bytes]:
+    """The panels of `curves` as pictures of their own, by title; none if nothing was recorded."""
+    pictures = {}
+    for panel in _panels_of(runs):
+        figure = _figure(4.2, 2.75)
+        _draw_panel(figure.add_subplot(), panel, runs)
+        pictures[panel.title] = _render(figure, format, panel.title)
+    return pictures
+
+
+def _panels_of(runs: Mapping[str, History]) -> list[_Panel]:
+    return [
+        panel
+        for panel in _PANELS
+        if any(panel.train in run.train or panel.validation in run.validation for run in runs.values())
+    ]
+
+
+def _draw_panel(axes: Any, panel: _Panel, runs: Mapping[str, History]) -> None:
+    _style(axes, panel.title, "optimiser step", panel.unit)
+    for colour, (name, run) in zip(SERIES, runs.items(), strict=False):
+        _draw_run(axes, panel, run, colour, f"{name}: " if len(runs) > 1 else "")
+    _plain_ticks(axes.xaxis)
+    _plain_ticks(axes.yaxis)
+    if panel.train in ("images_per_s", "memory_mb"):
+        axes.set_ylim(bottom=0)
+    if (panel.train and panel.validation) or len(runs) > 1:
+        _legend(axes)
 
 
 def _draw_run(axes: Any, panel: _Panel, run: History, colour: str, prefix: str) -> None:
@@ -231,10 +251,12 @@ def confusion(counts: NDArray[np.int64], classes: Sequence[str], format: Format 
     # the root lifts rare mistakes, which are what one looks for, above the background
     pixels[..., 3] = np.sqrt(share)
     axes.imshow(pixels, interpolation="nearest", extent=(0, number, number, 0))
-    positions, size = np.arange(number) + 0.5, 9.0 if number <= _COUNTS_UP_TO else 6.5
+    positions = np.arange(number) + 0.5
+    # a class may be called $x$: names are not formulas
+    look = {"fontsize": 9.0 if number <= _COUNTS_UP_TO else 6.5, "color": INK, "parse_math": False}
     turned = max(len(label) for label in labels) > 3
-    axes.set_xticks(positions, labels, rotation=90 if turned else 0, fontsize=size, color=INK)
-    axes.set_yticks(positions, labels, fontsize=size, color=INK)
+    axes.set_xticks(positions, labels, rotation=90 if turned else 0, **look)
+    axes.set_yticks(positions, labels, **look)
     axes.set_xticks(np.arange(number + 1), minor=True)
     axes.set_yticks(np.arange(number + 1), minor=True)
     axes.grid(True, which="minor", color=GRID, linewidth=0.6)
@@ -426,7 +448,7 @@ def image_grid(
         axes.set_axis_off()
     for axes, image, caption in zip(cells.flat, images, captions, strict=False):
         axes.imshow(image)
-        axes.set_title(caption, fontsize=8.5, color=INK, pad=3)
+        axes.set_title(caption, fontsize=8.5, color=INK, pad=3, parse_math=False)
     return _render(figure, "png", "images")
 
 
