@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from flows import files, imaging, params, paths, plots, results
+from flows import files, params, paths, plots, results
 
 if TYPE_CHECKING:
     from models.classification.metrics import Interval
@@ -69,7 +70,7 @@ def build_report(workspace: Path, extra: Mapping[str, Any]) -> Path:
     Args:
         workspace: folder with params.yaml and artifacts/.
         extra: what the files do not know, all optional: `registry` {"name", "version", "aliases"},
-            `tracking_uri`, `executed` (labels of the stages that ran; the others were restored), `git` (commit),
+            `tracking_uri`, `executed` (labels of the stages that ran; the rest was restored), `git` (commit),
             `dirty` (bool), `lock_sha256`, `run_urls` {stage label: address of its tracking run}, `command`
             (that started the run).
 
@@ -91,7 +92,7 @@ def render_report(workspace: Path, extra: Mapping[str, Any]) -> str:
     parity = results.read_parity(workspace)
     export = results.read_export(workspace)
     receipts = results.read_receipts(workspace)
-    unlabelled = data is not None and not data.classes
+    unlabelled = data is not None and not data.manifest.classes
     environment = Environment(
         loader=PackageLoader("flows"),
         autoescape=True,
@@ -122,12 +123,14 @@ def render_report(workspace: Path, extra: Mapping[str, Any]) -> str:
         tiles=_tiles(evaluations, gain, parity, export, receipts, extra),
         data=data,
         subsets=results.read_subsets(workspace),
-        samples=_sample_images(data, checked.ingest.max_pixels) if data else [],
+        samples=_sample_images(workspace, checked.ingest.max_pixels) if data else [],
         pretraining=_pretraining(workspace),
         finetuning=_finetuning(workspace),
         evaluations=evaluations,
         gain=gain,
-        evaluation=_evaluation(data, evaluations, checked) if data and evaluations else None,
+        evaluation=_evaluation(workspace, data.manifest.classes, evaluations, checked)
+        if data and evaluations
+        else None,
         export=export,
         parity=_parity(parity) if parity else None,
         cost=_cost(receipts, extra) if receipts else None,
@@ -210,24 +213,21 @@ def _tiles(
 # ------------------------------------------------------------------------------------------ sections
 
 
-def _sample_images(data: results.DataSet, max_pixels: int) -> list[Thumbnail]:
+def _sample_images(workspace: Path, max_pixels: int) -> list[Thumbnail]:
     """The first training images of each class, classes in turn, so that all are seen."""
-    by_class: dict[int, list[dict[str, str]]] = {}
-    for row in data.rows("train"):
-        by_class.setdefault(int(row["label"]), []).append(row)
-    chosen: list[dict[str, str]] = []
-    for turn in range(max(map(len, by_class.values()), default=0)):
-        chosen += [rows[turn] for _, rows in sorted(by_class.items()) if turn < len(rows)]
-        if len(chosen) >= SAMPLE_IMAGES:
-            break
+    from flows.data import ImageDataset
+
+    dataset = ImageDataset(workspace / paths.DATA, "train", cache_mb=0, max_pixels=max_pixels)
+    by_class: dict[int, list[int]] = {}
+    for row, label in enumerate(dataset.labels.tolist()):
+        by_class.setdefault(label, []).append(row)
+    turns = itertools.zip_longest(*(rows for _, rows in sorted(by_class.items())))
+    chosen = [row for turn in turns for row in turn if row is not None][:SAMPLE_IMAGES]
+    classes = dataset.manifest.classes
     return [
-        Thumbnail(_thumbnail(data.image_bytes(row), max_pixels), _class_name(data, int(row["label"])))
-        for row in chosen[:SAMPLE_IMAGES]
+        Thumbnail(_thumbnail(dataset.image(row)), classes[dataset.labels[row]] if classes else "")
+        for row in chosen
     ]
-
-
-def _class_name(data: results.DataSet, label: int) -> str:
-    return data.classes[label] if 0 <= label < len(data.classes) else ""
 
 
 def _pretraining(workspace: Path) -> dict[str, Any] | None:
@@ -250,7 +250,10 @@ def _finetuning(workspace: Path) -> dict[str, Any] | None:
 
 
 def _evaluation(
-    data: results.DataSet, evaluations: Mapping[str, results.Evaluation], checked: params.Params
+    workspace: Path,
+    classes: Sequence[str],
+    evaluations: Mapping[str, results.Evaluation],
+    checked: params.Params,
 ) -> dict[str, Any]:
     from models.classification.metrics import Interval
 
@@ -272,42 +275,42 @@ def _evaluation(
         ),
         "confusions": {
             cell: inline_svg(
-                plots.confusion(_confusion(data, e.predictions), data.classes, "svg"),
+                plots.confusion(_confusion(classes, e.predictions), classes, "svg"),
                 f"confusion-{cell}",
                 f"Confusion matrix of the {cell} classifier: rows actual, columns predicted class",
             )
             for cell, e in evaluations.items()
         },
-        "confused": _confused_pairs(data, first.predictions),
+        "confused": _confused_pairs(classes, first.predictions),
         "reliability": inline_svg(
             plots.reliability(tables, notes, "svg"),
             "reliability",
             "Reliability diagrams: accuracy against confidence",
         ),
         "mistakes": len(first.mistakes()),
-        "worst": _worst(data, first, split, checked.ingest.max_pixels),
+        "worst": _worst(workspace, classes, first, checked),
     }
 
 
-def _confusion(data: results.DataSet, predictions: Sequence[results.Prediction]) -> np.ndarray[Any, Any]:
-    counts = np.zeros((len(data.classes), len(data.classes)), dtype=np.int64)
+def _confusion(classes: Sequence[str], predictions: Sequence[results.Prediction]) -> np.ndarray[Any, Any]:
+    counts = np.zeros((len(classes), len(classes)), dtype=np.int64)
     np.add.at(counts, ([p.label for p in predictions], [p.predicted for p in predictions]), 1)
     return counts
 
 
 def _confused_pairs(
-    data: results.DataSet, predictions: Sequence[results.Prediction]
+    classes: Sequence[str], predictions: Sequence[results.Prediction]
 ) -> list[tuple[str, str, int, float]]:
     """The most frequent kinds of mistake: actual, predicted, count, share of the actual class."""
-    counts = _confusion(data, predictions)
+    counts = _confusion(classes, predictions)
     support = counts.sum(axis=1)
     np.fill_diagonal(counts, 0)
     order = np.argsort(-counts, axis=None, kind="stable")[:CONFUSED_PAIRS]
-    pairs = [divmod(int(index), len(data.classes)) for index in order]
+    pairs = [divmod(int(index), len(classes)) for index in order]
     return [
         (
-            data.classes[row],
-            data.classes[column],
+            classes[row],
+            classes[column],
             int(counts[row, column]),
             counts[row, column] / support[row],
         )
@@ -317,13 +320,17 @@ def _confused_pairs(
 
 
 def _worst(
-    data: results.DataSet, evaluation: results.Evaluation, split: str, max_pixels: int
+    workspace: Path, classes: Sequence[str], evaluation: results.Evaluation, checked: params.Params
 ) -> list[Thumbnail]:
-    index = data.rows(split)
+    from flows.data import ImageDataset
+
+    dataset = ImageDataset(
+        workspace / paths.DATA, checked.evaluate.split, cache_mb=0, max_pixels=checked.ingest.max_pixels
+    )
     return [
         Thumbnail(
-            _thumbnail(data.image_bytes(index[mistake.row]), max_pixels),
-            f"{_class_name(data, mistake.label)} → {_class_name(data, mistake.predicted)}",
+            _thumbnail(dataset.image(mistake.row)),
+            f"{classes[mistake.label]} → {classes[mistake.predicted]}",
             f"{percent(mistake.confidence)} sure",
         )
         for mistake in evaluation.mistakes()[:WORST_MISTAKES]
@@ -392,9 +399,8 @@ def data_uri(data: bytes, kind: str = "image/png") -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def _thumbnail(encoded: bytes, max_pixels: int) -> str:
-    """A data URI of the decoded image, at most THUMBNAIL pixels wide and high: PNG when tiny, else JPEG."""
-    image = imaging.decode(encoded, max_pixels=max_pixels)
+def _thumbnail(image: Image.Image) -> str:
+    """A data URI of the image, at most THUMBNAIL pixels wide and high: PNG when tiny, else JPEG."""
     buffer = io.BytesIO()
     if max(image.size) <= THUMBNAIL // 2:
         image.save(buffer, "PNG")

@@ -18,41 +18,18 @@ from flows.errors import DataError
 from flows.plots import History
 
 if TYPE_CHECKING:
+    from flows.data import Manifest
     from models.classification.metrics import Interval, ReliabilityBin
 
 CELLS = ("pretrained", "scratch")
 
 
 @dataclass(frozen=True)
-class Split:
-    count: int
-    per_class: Sequence[int]
-    size_bytes: int  # of its shards
-
-
-@dataclass(frozen=True)
 class DataSet:
-    """artifacts/data: the manifest and the quarantine."""
+    """artifacts/data: the manifest and what was quarantined with which reason."""
 
-    folder: Path
-    name: str
-    source: str
-    licence: str
-    classes: Sequence[str]  # empty if unlabelled
-    splits: Mapping[str, Split]
-    quarantined: int
+    manifest: Manifest
     quarantine: Sequence[Mapping[str, str]]  # {"path", "reason"}
-    digest: str
-
-    def rows(self, split: str) -> list[dict[str, str]]:
-        """The split's index: key, label, shard, offset, size, pixels_sha256."""
-        return _read_csv(self.folder / f"{split}.csv") or []
-
-    def image_bytes(self, row: Mapping[str, str]) -> bytes:
-        """The encoded image behind one line of `rows`."""
-        with open(self.folder / row["shard"], "rb") as file:
-            file.seek(int(row["offset"]))
-            return file.read(int(row["size"]))
 
 
 @dataclass(frozen=True)
@@ -127,24 +104,12 @@ def worst_mistakes(predictions: Sequence[Prediction]) -> list[Prediction]:
 
 
 def read_data(workspace: Path) -> DataSet | None:
+    from flows.data import manifest
+
     folder = workspace / paths.DATA
-    manifest = _read_json(folder / "manifest.json")
-    if manifest is None:
+    if not folder.is_dir():
         return None
-    return DataSet(
-        folder=folder,
-        name=manifest["name"],
-        source=manifest["source"],
-        licence=manifest["licence"],
-        classes=manifest["classes"],
-        splits={
-            name: Split(split["count"], split["per_class"], sum(shard["bytes"] for shard in split["shards"]))
-            for name, split in manifest["splits"].items()
-        },
-        quarantined=manifest["quarantined"],
-        quarantine=_read_json(folder / "quarantine.json") or [],
-        digest=manifest["digest"],
-    )
+    return DataSet(manifest.load(folder), _read_json(folder / "quarantine.json") or [])
 
 
 def read_subsets(workspace: Path) -> Sequence[Mapping[str, Any]]:
