@@ -1,7 +1,9 @@
-"""A finetuned classifier on disk: `model.safetensors` beside the `config.json` that says how to rebuild and feed it.
+"""A finetuned classifier on disk: `model.safetensors` beside the `config.json` that says how to rebuild and
+feed it.
 
-Finetuning writes it; evaluation, export and parity read it. The configuration is complete: weights, class names and
-preprocessing travel together, so that no reader has to consult params.yaml, which may have changed since.
+Finetuning writes it; evaluation, export and parity read it. The configuration is complete: weights, class
+names and preprocessing travel together, so that no reader has to consult params.yaml, which may have changed
+since.
 """
 
 from __future__ import annotations
@@ -69,7 +71,10 @@ def save_classifier(folder: Path, model: Classifier, config: ClassifierConfig) -
 
     Weights are stored on the CPU in float32, whatever device and precision the model has now.
     """
-    weights = {name: value.detach().float().cpu().contiguous() for name, value in model.state_dict().items()}
+    weights = {
+        name: (value.detach().float() if value.is_floating_point() else value.detach()).cpu().contiguous()
+        for name, value in model.state_dict().items()
+    }
     with files.replace_folder(folder) as temporary:
         save_file(weights, temporary / WEIGHTS)
         files.write_json(temporary / CONFIG, config.to_dict())

@@ -384,6 +384,49 @@ def latency(series: Sequence[Latency], format: Format = "png") -> bytes:
     return _render(figure, format, "latency")
 
 
+def error_histogram(
+    errors: Mapping[str, NDArray[np.float64]],
+    limits: Mapping[str, tuple[str, float]],
+    format: Format = "png",
+) -> bytes:
+    """Distribution of |logit error| of exported variants against PyTorch, logarithmic, with their limits.
+
+    Args:
+        errors: variant to absolute errors, any shape.
+        limits: variant to what is limited (max, mean) and the limit.
+    """
+    smallest = 1e-9  # where exact zeros are drawn
+    drawn = {name: np.maximum(values.ravel(), smallest) for name, values in errors.items()}
+    ends = [end for values in drawn.values() for end in (values.min(), values.max())]
+    ends += [limit for _, limit in limits.values() if limit > 0]
+    edges = np.geomspace(min(ends) / 2, max(ends) * 2, 90).tolist()
+    figure = _figure(7.6, 3.5)
+    axes = figure.add_subplot()
+    _style(axes, "", "absolute error of a logit against PyTorch", "logits, %")
+    for colour, (name, values) in zip(SERIES, drawn.items(), strict=False):
+        label = f"{name}: mean {values.mean():.1e}, max {values.max():.1e}"
+        share = np.full(len(values), 100.0 / len(values))
+        axes.hist(values, bins=edges, weights=share, color=colour, alpha=0.75, label=label)
+        what, limit = limits.get(name, ("", 0.0))
+        if limit > 0:
+            axes.axvline(limit, color=colour, linewidth=1.4, linestyle=(0, (4, 3)))
+            axes.annotate(
+                f"limit of the {what} {_number(limit)}",
+                (limit, 0.97),
+                xycoords=("data", "axes fraction"),
+                xytext=(-3, 0),
+                textcoords="offset points",
+                rotation=90,
+                ha="right",
+                va="top",
+                fontsize=8,
+                color=colour,
+            )
+    axes.set_xscale("log")
+    _legend(axes, loc="upper left")
+    return _render(figure, format, "errors")
+
+
 def durations(seconds: Mapping[str, float], executed: Sequence[str] | None, format: Format = "png") -> bytes:
     """Horizontal bars of seconds per stage in the given order; stages that were not executed are faint."""
     figure = _figure(7.2, 0.8 + 0.33 * len(seconds))
