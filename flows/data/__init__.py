@@ -1,0 +1,26 @@
+"""From files on disk to validated samples to batches.
+
+ingest: readers → inspection → splits → shards, manifest
+scale: subsets
+training and evaluation: dataset → augmentation → batches → mixing
+"""
+
+from flows.data.augmentation import Augmentation
+from flows.data.batches import Batch, eval_batches, preprocessing_for, to_model_input, train_batches
+from flows.data.dataset import ImageDataset
+from flows.data.manifest import Manifest
+from flows.data.mixing import mix
+from flows.data.subsets import load_subset
+
+__all__ = [
+    "Augmentation",
+    "Batch",
+    "ImageDataset",
+    "Manifest",
+    "eval_batches",
+    "load_subset",
+    "mix",
+    "preprocessing_for",
+    "to_model_input",
+    "train_batches",
+]

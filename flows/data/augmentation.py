@@ -1,0 +1,54 @@
+"""Training augmentation: random resized crop and mirror image (SimMIM section 3.4; Swin V2 fine-tuning)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+ATTEMPTS = 10
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Crop a random part of the image, scale it to a square, and mirror it half of the time."""
+
+    image_size: int
+    """Side of the result, pixels."""
+    crop_scale: tuple[float, float]
+    """Area of the crop relative to the image."""
+    flip: bool
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Width over height of the crop."""
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> NDArray[np.uint8]:
+        """RGB image to a uint8 array of shape (image_size, image_size, 3); all chance comes from `rng`."""
+        size = (self.image_size, self.image_size)
+        box = self._random_box(*image.size, rng)
+        pixels = np.asarray(image.resize(size, Image.Resampling.BILINEAR, box=box))
+        return pixels[:, ::-1] if self.flip and rng.random() < 0.5 else pixels
+
+    def _random_box(
+        self, width: int, height: int, rng: np.random.Generator
+    ) -> tuple[float, float, float, float]:
+        """(left, upper, right, lower), with fractions of pixels: in whole ones tiny images have few crops."""
+        draws = rng.random((ATTEMPTS, 2)).tolist()
+        log_ratio = math.log(self.ratio[0]), math.log(self.ratio[1])
+        for area_draw, ratio_draw in draws:
+            area = (
+                width * height * (self.crop_scale[0] + area_draw * (self.crop_scale[1] - self.crop_scale[0]))
+            )
+            ratio = math.exp(log_ratio[0] + ratio_draw * (log_ratio[1] - log_ratio[0]))
+            w, h = math.sqrt(area * ratio), math.sqrt(area / ratio)
+            if w <= width and h <= height:
+                break
+        else:  # a very long image: the largest central crop whose shape is allowed
+            w = min(width, height * self.ratio[1])
+            h = min(height, width / self.ratio[0])
+            left, upper = (width - w) / 2, (height - h) / 2
+            return left, upper, left + w, upper + h
+        left, upper = rng.random() * (width - w), rng.random() * (height - h)
+        return left, upper, min(left + w, width), min(upper + h, height)

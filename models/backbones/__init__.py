@@ -1,0 +1,1 @@
+"""Backbones: an image → maps of tokens."""

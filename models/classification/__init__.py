@@ -1,0 +1,5 @@
+"""Image classification: the head on a backbone."""
+
+from models.classification.classifier import Classifier
+
+__all__ = ["Classifier"]

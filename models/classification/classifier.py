@@ -1,0 +1,28 @@
+"""Image classification: the backbone's final map, averaged over its tokens, and one Linear (Swin, section
+3.1)."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import Tensor, nn
+
+from models.backbones.swin_v2 import SwinV2
+
+
+class Classifier(nn.Module):
+    """A backbone with a linear classification head."""
+
+    def __init__(self, backbone: SwinV2, num_classes: int) -> None:
+        super().__init__()
+        if num_classes < 1:
+            raise ValueError(f"num_classes is {num_classes}, but must be at least 1.")
+        self.backbone = backbone
+        self.num_classes = num_classes
+        self.head = nn.Linear(backbone.num_features, num_classes)
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S) → logits (B, num_classes)."""
+        return cast(Tensor, self.head(self.backbone(images).mean(dim=(2, 3))))
