@@ -6,9 +6,17 @@ training and evaluation: dataset → augmentation → batches → mixing
 """
 
 from flows.data.augmentation import Augmentation
-from flows.data.batches import Batch, eval_batches, preprocessing_for, to_model_input, train_batches
+from flows.data.batches import (
+    Batch,
+    eval_batches,
+    even_eval_batches,
+    preprocessing_for,
+    to_model_input,
+    train_batches,
+)
 from flows.data.dataset import ImageDataset
 from flows.data.manifest import Manifest
+from flows.data.manifest import load as load_manifest
 from flows.data.mixing import mix
 from flows.data.subsets import load_subset
 
@@ -18,6 +26,8 @@ __all__ = [
     "ImageDataset",
     "Manifest",
     "eval_batches",
+    "even_eval_batches",
+    "load_manifest",
     "load_subset",
     "mix",
     "preprocessing_for",

@@ -163,6 +163,25 @@ def eval_batches(
         yield _batch(dataset, images, np.asarray(chosen, dtype=np.int64), chosen)
 
 
+def even_eval_batches(
+    dataset: ImageDataset, preprocessing: Preprocessing, batch_size: int, rank: int, world_size: int
+) -> Iterator[tuple[Batch, float]]:
+    """`eval_batches` with the same number of batches on every rank, each with its weight: 1, or 0 for a filler.
+
+    With ZeRO-3 every forward pass is collective, so a rank that ran out of images would leave the others waiting.
+    """
+    rounds = -(-(-(-len(dataset) // world_size)) // batch_size)
+    batches = eval_batches(dataset, preprocessing, batch_size, rank, world_size)
+    filler: Batch | None = None
+    for _ in range(rounds):
+        batch = next(batches, None)
+        if batch is not None:
+            filler = batch
+            yield batch, 1.0
+        else:
+            yield filler or next(eval_batches(dataset, preprocessing, 1)), 0.0
+
+
 def to_model_input(
     images: torch.Tensor, mean: tuple[float, float, float], std: tuple[float, float, float]
 ) -> torch.Tensor:

@@ -18,12 +18,12 @@ from safetensors.torch import load_file
 
 import models
 from flows import files, paths
-from flows.classifiers import save_classifier
+from flows.classifiers import ClassifierConfig, save_classifier
 from flows.data import (
     Augmentation,
     Batch,
     ImageDataset,
-    eval_batches,
+    even_eval_batches,
     load_manifest,
     load_subset,
     mix,
@@ -34,9 +34,17 @@ from flows.data import (
 from flows.errors import ConfigError, DataError
 from flows.params import Params
 from flows.stage import Stage, run_stage
-from flows.training import Checkpoints, Job, Row, fingerprint, group_parameters, initialize_processes, train
-from flows.training.distributed import micro_batch_size
-from flows.training.outputs import curve_files
+from flows.training import (
+    Checkpoints,
+    Job,
+    Row,
+    fingerprint,
+    group_parameters,
+    initialize_processes,
+    micro_batch_size,
+    train,
+)
+from flows.training.outputs import write_curves
 from models.classification import Classifier
 from models.parameter_groups import layer_id, no_weight_decay, num_layer_ids
 
@@ -74,7 +82,7 @@ def run(params: Params, stage: Stage) -> None:
             global_batch=training.batch_size,
             seed=params.seed,
             start_step=step,
-            steps=training.steps,
+            steps=training.steps - step,
             rank=processes.rank,
             world_size=processes.world_size,
             accumulation=training.accumulation,
@@ -92,20 +100,20 @@ def run(params: Params, stage: Stage) -> None:
             mixup=settings.mixup,
             cutmix=settings.cutmix,
             label_smoothing=settings.label_smoothing,
+            generator=torch.default_generator,
         )
         return F.cross_entropy(engine(images).float(), targets)
 
     def validate(engine: Any) -> Row:
         loss_sum = correct = count = 0.0
-        for batch in eval_batches(
-            validation, preprocessing, micro_batch, rank=processes.rank, world_size=processes.world_size, pad=True
+        for batch, weight in even_eval_batches(
+            validation, preprocessing, micro_batch, processes.rank, processes.world_size
         ):
-            real = batch.real.to(processes.device)
             labels = batch.labels.to(processes.device)
             logits = engine(images_of(batch)).float()
-            loss_sum += float(F.cross_entropy(logits, labels, reduction="none")[real].sum())
-            correct += float((logits.argmax(1) == labels)[real].sum())
-            count += float(real.sum())
+            loss_sum += weight * float(F.cross_entropy(logits, labels, reduction="sum"))
+            correct += weight * float((logits.argmax(1) == labels).sum())
+            count += weight * len(labels)
         loss_sum, correct, count = processes.sum([loss_sum, correct, count])
         return {"val_loss": loss_sum / count, "val_top1": correct / count}
 
@@ -146,18 +154,17 @@ def run(params: Params, stage: Stage) -> None:
 
     stage.device_hours = result.seconds * processes.world_size / 3600
     if processes.is_main:
-        model = model.cpu().float()
-        model.load_state_dict(result.weights)
+        trained = build_model(params, num_classes)
+        trained.load_state_dict(result.weights)
         folder = paths.FINETUNE / str(stage.cell)
-        config = {
-            "task": "classification",
-            "backbone": {**params.model.model_dump(exclude={"backbone"}), "name": params.model.backbone},
-            "classes": manifest.classes,
-            "preprocessing": preprocessing.to_dict(),
-            "data_digest": manifest.digest,
-        }
-        save_classifier(folder, model, config)
-        curve_files(folder, result)
+        config = ClassifierConfig(
+            backbone={"name": params.model.backbone, **params.model.model_dump(exclude={"backbone"})},
+            classes=tuple(manifest.classes),
+            preprocessing=preprocessing,
+            data_digest=manifest.digest,
+        )
+        save_classifier(folder, trained, config)
+        write_curves(folder, result)
         metrics = {
             "val_top1": result.validation[-1]["val_top1"],
             "val_loss": result.validation[-1]["val_loss"],

@@ -21,22 +21,33 @@ from flows.data import (
     Augmentation,
     Batch,
     ImageDataset,
-    eval_batches,
+    Manifest,
+    even_eval_batches,
     load_manifest,
     load_subset,
     preprocessing_for,
     to_model_input,
     train_batches,
 )
-from flows.errors import ConfigError
+from flows.errors import ConfigError, DataError
 from flows.imaging import Preprocessing
 from flows.params import Params
 from flows.stage import Stage, run_stage
-from flows.training import Checkpoints, Job, Processes, fingerprint, group_parameters, initialize_processes, train
-from flows.training.loop import Row
-from flows.training.outputs import write_training_outputs
+from flows.training import (
+    Checkpoints,
+    Job,
+    Result,
+    Row,
+    fingerprint,
+    group_parameters,
+    initialize_processes,
+    micro_batch_size,
+    train,
+)
+from flows.training.outputs import write_curves, write_weights
 from models.parameter_groups import no_weight_decay
-from models.pretext.simmim import SimMIM, masks_from_ids, random_masks
+from models.pretext.masks import masks_from_ids, random_masks, upsample_masks
+from models.pretext.simmim import SimMIM, normalize_targets
 
 SOURCES = [Path("flows/stages/pretrain.py"), Path("flows/training"), Path("flows/data"), Path("models")]
 
@@ -46,17 +57,18 @@ def run(params: Params, stage: Stage) -> None:
     processes = initialize_processes(training)
     manifest = load_manifest(paths.DATA)
     preprocessing = preprocessing_for(manifest, params.model)
-    dataset = _open(params, "train", load_subset(paths.SUBSETS, settings.subset))
-    validation = _open(params, "val")
+    reading: dict[str, Any] = {"cache_mb": params.loader.cache_mb, "max_pixels": params.ingest.max_pixels}
+    dataset = ImageDataset(paths.DATA, "train", rows=load_subset(paths.SUBSETS, settings.subset), **reading)
+    validation = ImageDataset(paths.DATA, "val", **reading)
 
     torch.manual_seed(params.seed)
-    backbone_config = {**params.model.model_dump(exclude={"backbone"}), "name": params.model.backbone}
-    model = build_model(params, backbone_config)
-    began_from = _initialize(model, settings.initialize_from)
+    model = build_model(params)
+    initial = Path(settings.initialize_from) if settings.initialize_from else None
+    if initial is not None:
+        load_weights(model, initial)
 
-    grid = params.model.image_size // settings.mask_unit
     augmentation = Augmentation(params.model.image_size, settings.crop_scale, flip=settings.flip)
-    micro_batch = training.batch_size // (processes.world_size * training.accumulation)
+    micro_batch = micro_batch_size(training, processes.world_size)
 
     def batches(step: int) -> Iterator[Batch]:
         return train_batches(
@@ -66,27 +78,30 @@ def run(params: Params, stage: Stage) -> None:
             global_batch=training.batch_size,
             seed=params.seed,
             start_step=step,
-            steps=training.steps,
+            steps=training.steps - step,
             rank=processes.rank,
             world_size=processes.world_size,
             accumulation=training.accumulation,
             workers=params.loader.workers,
         )
 
+    def images_of(batch: Batch) -> torch.Tensor:
+        return to_model_input(batch.images.to(processes.device), preprocessing.mean, preprocessing.std)
+
     def loss(engine: Any, batch: Batch) -> torch.Tensor:
-        images = _to_device(batch, preprocessing, processes)
-        masks = random_masks(len(images), grid, settings.mask_ratio).to(processes.device)
-        value: torch.Tensor = engine(images, masks).loss
+        masks = random_masks(len(batch.images), model.mask_grid, settings.mask_ratio, torch.default_generator)
+        value: torch.Tensor = engine(images_of(batch), masks.to(processes.device)).loss
         return value
 
     def validate(engine: Any) -> Row:
         total = masked = 0.0
-        for batch, weight in _equal_batches(validation, preprocessing, micro_batch, processes):
-            images = _to_device(batch, preprocessing, processes)
-            masks = masks_from_ids(batch.rows, grid, settings.mask_ratio).to(processes.device)
-            output = engine(images, masks)
+        for batch, weight in even_eval_batches(
+            validation, preprocessing, micro_batch, processes.rank, processes.world_size
+        ):
+            masks = masks_from_ids(batch.rows, model.mask_grid, settings.mask_ratio)
+            output = engine(images_of(batch), masks.to(processes.device))
             total += weight * float(output.loss_sum)
-            masked += weight * float(output.masked_values)
+            masked += weight * float(output.masked_pixels)
         total, masked = processes.sum([total, masked])
         return {"val_loss": total / masked}
 
@@ -95,7 +110,7 @@ def run(params: Params, stage: Stage) -> None:
         {
             "data": manifest.digest,
             "subsets": files.sha256_file(paths.SUBSETS / "subsets.json"),
-            "initial": began_from and files.sha256_file(Path(settings.initialize_from)),
+            "initial": files.sha256_file(initial) if initial else "",
             "world": str(processes.world_size),
         },
         SOURCES,
@@ -110,7 +125,7 @@ def run(params: Params, stage: Stage) -> None:
         batches=batches,
         loss=loss,
         validate=validate,
-        initialized_from=began_from,
+        initialized_from=str(initial or ""),
         continue_from=Path(settings.continue_from) if settings.continue_from else None,
         on_log=stage.run.log_metrics,
         stop_requested=stage.stop_requested,
@@ -119,18 +134,119 @@ def run(params: Params, stage: Stage) -> None:
 
     stage.device_hours = result.seconds * processes.world_size / 3600
     if processes.is_main:
-        _write_outputs(params, stage, result, backbone_config, manifest.digest, validation, preprocessing, grid)
+        trained = build_model(params)
+        trained.load_state_dict(result.weights)
+        write_outputs(params, stage, manifest, result, trained, validation, preprocessing)
     processes.barrier()
     checkpoints.prune()
 
 
-def build_model(params: Params, backbone_config: dict[str, Any]) -> SimMIM:
+def build_model(params: Params) -> SimMIM:
+    """
+    Raises:
+        ConfigError: sizes in params.yaml do not fit one another.
+    """
     try:
         backbone = models.create(
-            **backbone_config,
+            params.model.backbone,
+            image_size=params.model.image_size,
+            patch_size=params.model.patch_size,
+            window_size=params.model.window_size,
             drop_path=params.pretrain.drop_path,
             activation_checkpointing=params.pretrain.training.activation_checkpointing,
         )
         return SimMIM(backbone, params.pretrain.mask_unit, params.pretrain.normalize_target)
     except ValueError as error:
         raise ConfigError(f"params.yaml: `model`: {error}") from None
+
+
+def load_weights(model: SimMIM, path: Path) -> None:
+    """
+    Raises:
+        DataError: no such file, or its tensors are not exactly those of the model.
+    """
+    try:
+        model.load_state_dict(load_file(path))
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"`pretrain.initialize_from`: {' '.join(str(error).split())[:300]}") from None
+
+
+def write_outputs(
+    params: Params,
+    stage: Stage,
+    manifest: Manifest,
+    result: Result,
+    model: SimMIM,
+    validation: ImageDataset,
+    preprocessing: Preprocessing,
+) -> None:
+    config = {
+        "task": "simmim",
+        "backbone": {"name": params.model.backbone, **params.model.model_dump(exclude={"backbone"})},
+        "mask_unit": params.pretrain.mask_unit,
+        "mask_ratio": params.pretrain.mask_ratio,
+        "normalize_target": params.pretrain.normalize_target,
+        "preprocessing": preprocessing.to_dict(),
+        "data_digest": manifest.digest,
+    }
+    with files.replace_folder(paths.PRETRAIN) as folder:
+        write_weights(folder / "model.safetensors", result.weights)
+        files.write_json(folder / "config.json", config)
+        write_curves(folder, result)
+        picture = draw_reconstructions(params, model, validation, preprocessing)
+        (folder / "reconstructions.png").write_bytes(picture)
+        history = plots.History.read(folder)
+        (folder / "curves.png").write_bytes(plots.curves({"pretrain": history}))
+    for name in ("reconstructions.png", "curves.png"):
+        stage.run.log_artifact(paths.PRETRAIN / name)
+    metrics = {
+        "backbone": params.model.backbone,
+        "parameters": sum(parameter.numel() for parameter in model.backbone.parameters()),
+        "steps": params.pretrain.training.steps,
+        "images_seen": params.pretrain.training.steps * params.pretrain.training.batch_size,
+        "train_loss": result.curves[-1]["train_loss"],
+        "val_loss": result.validation[-1]["val_loss"],
+    }
+    files.write_json(paths.METRICS / "pretrain.json", metrics)
+    print(f"pretrain: validation loss {metrics['val_loss']:.4f} after {metrics['steps']} steps")
+
+
+@torch.no_grad()
+def draw_reconstructions(
+    params: Params, model: SimMIM, validation: ImageDataset, preprocessing: Preprocessing
+) -> bytes:
+    """PNG: the first validation images, what the model saw of them, and its guess in the hidden squares."""
+    count = min(params.pretrain.picture_images, len(validation))
+    batch, _ = next(even_eval_batches(validation, preprocessing, count, 0, 1))
+    images = to_model_input(batch.images, preprocessing.mean, preprocessing.std)
+    masks = masks_from_ids(batch.rows, model.mask_grid, params.pretrain.mask_ratio)
+    prediction = model.eval()(images, masks).prediction
+    if model.normalize_target:  # back to pixels by the statistics that the target was normalised with
+        scaled = normalize_targets(images, model.normalize_target)
+        prediction = images + (prediction - scaled) * _local_deviation(images, scaled)
+    hidden = upsample_masks(masks, model.mask_unit)[:, None]
+    masked = torch.where(hidden, torch.zeros_like(images), images)
+    filled = torch.where(hidden, prediction, images)
+    return plots.reconstruction_grid(*(to_pixels(values, preprocessing) for values in (images, masked, filled)))
+
+
+def _local_deviation(images: torch.Tensor, scaled: torch.Tensor) -> torch.Tensor:
+    """The factor between a pixel's change and its normalised value's, per image and channel (a picture's accuracy)."""
+    spread = scaled.std(dim=(2, 3), keepdim=True).clamp_min(1e-3)
+    return images.std(dim=(2, 3), keepdim=True) / spread
+
+
+def to_pixels(images: torch.Tensor, preprocessing: Preprocessing) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Normalised (B, 3, S, S) to uint8 (B, S, S, 3)."""
+    mean = torch.tensor(preprocessing.mean).view(1, 3, 1, 1)
+    std = torch.tensor(preprocessing.std).view(1, 3, 1, 1)
+    pixels = ((images * std + mean) * 255).round().clamp(0, 255)
+    return pixels.permute(0, 2, 3, 1).to(torch.uint8).numpy()
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_stage("pretrain", run, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

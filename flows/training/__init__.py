@@ -1,7 +1,7 @@
 """The one training loop and its DeepSpeed engine. Only this package imports deepspeed."""
 
 from flows.training.checkpoints import Checkpoints, fingerprint
-from flows.training.distributed import Processes, initialize_processes
+from flows.training.distributed import Processes, initialize_processes, micro_batch_size
 from flows.training.loop import Job, Result, Row, train
 from flows.training.optimizer import ParameterGroup, group_parameters
 
@@ -15,5 +15,6 @@ __all__ = [
     "fingerprint",
     "group_parameters",
     "initialize_processes",
+    "micro_batch_size",
     "train",
 ]

@@ -10,20 +10,18 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 import torch
-from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 from flows import files
 from flows.errors import ResourceError
-from flows.training.distributed import Processes
+from flows.training.distributed import Processes, full_state_dict
 
 KEPT = 2
 LOCK_PATIENCE_S = 30.0
@@ -116,8 +114,7 @@ class Checkpoints:
         if engine.zero_optimization_stage() == 0:
             weights = {name: value.detach().float() for name, value in engine.module.state_dict().items()}
         else:
-            with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-                weights = get_fp32_state_dict_from_zero_checkpoint(str(path.parent), tag=path.name)
+            weights = full_state_dict(path)
         return {name: value.detach().cpu().clone().contiguous() for name, value in weights.items()}
 
     def prune(self) -> None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import datetime
 import logging
 import os
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found nothing better
 
 import deepspeed  # noqa: E402  # reads the accelerator at import
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint  # noqa: E402
 
 TIMEOUT = datetime.timedelta(minutes=10)
 BUCKET_MIN, BUCKET_MAX = 1_000_000, 200_000_000
@@ -141,3 +144,12 @@ def build_engine(
         dist_init_required=False,
     )
     return engine
+
+
+def full_state_dict(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Plain fp32 weights from a ZeRO checkpoint folder (its parts of all processes must be there)."""
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):  # it narrates
+        weights: dict[str, torch.Tensor] = get_fp32_state_dict_from_zero_checkpoint(
+            str(checkpoint.parent), tag=checkpoint.name
+        )
+    return weights

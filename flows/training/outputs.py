@@ -1,4 +1,4 @@
-"""What a training stage leaves for later stages and for people: weights, config, curves."""
+"""What a training stage leaves for later stages and for people: weights and curves."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import csv
 import io
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -28,9 +27,7 @@ def write_weights(path: Path, weights: Mapping[str, torch.Tensor]) -> None:
         save_file(dict(weights), temporary)
 
 
-def write_training_outputs(folder: Path, result: Result, config: dict[str, Any]) -> None:
-    """model.safetensors, config.json, curves.csv and validation.csv in `folder`, which must exist."""
-    write_weights(folder / "model.safetensors", result.weights)
-    files.write_json(folder / "config.json", config)
+def write_curves(folder: Path, result: Result) -> None:
+    """curves.csv and validation.csv in `folder`, which must exist."""
     write_csv(folder / "curves.csv", result.curves)
     write_csv(folder / "validation.csv", result.validation)
