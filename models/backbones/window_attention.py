@@ -114,10 +114,6 @@ class WindowAttention(nn.Module):
         self._bias_cache.clear()
         return super().train(mode)
 
-    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
-        self._bias_cache.clear()
-        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[arg-type]
-
 
 def _inverse_norm(x: Tensor) -> Tensor:
     """1/‖x‖ along the last axis (kept), 0 where ‖x‖ < MIN_NORM: value and gradient are finite everywhere."""
