@@ -47,6 +47,7 @@ class Tile:
 @dataclass(frozen=True)
 class Thumbnail:
     uri: str
+    is_tiny: bool  # to be enlarged without smoothing
     caption: str
     note: str = ""
 
@@ -190,7 +191,7 @@ def _tiles(
         error = max(c["max_abs_error"] for c in parity.report["comparisons"] if c["variant"] == "fp32")
         tone = "good" if passed == len(checks) else "bad"
         note = f"largest fp32 logit error {error:.1e}"
-        tiles.append(Tile("Export parity", f"{passed} of {len(checks)} checks pass", note, tone))
+        tiles.append(Tile("Export parity", f"{passed} of {len(checks)} pass", note, tone))
     if export is not None and {"fp32", "int8"} <= export.size_bytes.keys():
         small, large = export.size_bytes["int8"], export.size_bytes["fp32"]
         note = f"{large / small:.1f} × smaller than fp32 ({format_size(large)})"
@@ -224,10 +225,7 @@ def _sample_images(workspace: Path, max_pixels: int) -> list[Thumbnail]:
     turns = itertools.zip_longest(*(rows for _, rows in sorted(by_class.items())))
     chosen = [row for turn in turns for row in turn if row is not None][:SAMPLE_IMAGES]
     classes = dataset.manifest.classes
-    return [
-        Thumbnail(_thumbnail(dataset.image(row)), classes[dataset.labels[row]] if classes else "")
-        for row in chosen
-    ]
+    return [_thumbnail(dataset.image(row), classes[dataset.labels[row]] if classes else "") for row in chosen]
 
 
 def _pretraining(workspace: Path) -> dict[str, Any] | None:
@@ -328,8 +326,8 @@ def _worst(
         workspace / paths.DATA, checked.evaluate.split, cache_mb=0, max_pixels=checked.ingest.max_pixels
     )
     return [
-        Thumbnail(
-            _thumbnail(dataset.image(mistake.row)),
+        _thumbnail(
+            dataset.image(mistake.row),
             f"{classes[mistake.label]} → {classes[mistake.predicted]}",
             f"{percent(mistake.confidence)} sure",
         )
@@ -399,15 +397,15 @@ def data_uri(data: bytes, kind: str = "image/png") -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def _thumbnail(image: Image.Image) -> str:
-    """A data URI of the image, at most THUMBNAIL pixels wide and high: PNG when tiny, else JPEG."""
+def _thumbnail(image: Image.Image, caption: str, note: str = "") -> Thumbnail:
+    """The image at most THUMBNAIL pixels wide and high: PNG when tiny, else JPEG."""
     buffer = io.BytesIO()
     if max(image.size) <= THUMBNAIL // 2:
         image.save(buffer, "PNG")
-        return data_uri(buffer.getvalue())
+        return Thumbnail(data_uri(buffer.getvalue()), True, caption, note)
     image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
     image.save(buffer, "JPEG", quality=85)
-    return data_uri(buffer.getvalue(), "image/jpeg")
+    return Thumbnail(data_uri(buffer.getvalue(), "image/jpeg"), False, caption, note)
 
 
 def _inline_all(pictures: Mapping[str, bytes], name: str) -> list[Markup]:
@@ -434,10 +432,12 @@ def inline_svg(svg: bytes, name: str, label: str) -> Markup:
         text = text.replace(colour, f"var(--{ink})")
     box = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text)
     width = float(box[1]) * 4 / 3 if box else 640.0  # points to CSS pixels
+    # a wide picture scrolls on a small screen instead of shrinking until its text cannot be read
+    least = 0.75 * width if width > 560 else 0.0
     opening = (
         f'<svg role="img" aria-label="{Markup.escape(label)}" viewBox="{box[0][9:-1] if box else ""}" '
         f'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-        f'style="width:100%;max-width:{width:.0f}px;min-width:{min(width, 0.62 * width + 120):.0f}px">'
+        f'style="width:100%;max-width:{width:.0f}px;min-width:{min(least, 640):.0f}px">'
     )
     return Markup(opening + text[text.index(">") + 1 :])
 
@@ -461,7 +461,7 @@ def format_number(value: Any) -> str:
         return str(value)
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{value:.3e}" if value and not 1e-3 <= abs(value) < 1e6 else f"{value:,.4g}"
+    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.4g}"
 
 
 def format_size(size: float) -> str:
