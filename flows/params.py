@@ -125,6 +125,8 @@ class Pretrain(Section):
     flip: bool
     drop_path: HalfOpenFraction
     picture_images: Positive
+    initialize_from: str
+    continue_from: str
     training: Training
 
     @model_validator(mode="after")

@@ -1,15 +1,35 @@
-"""The one module that knows MLflow. Rank 0 logs; every other process gets a run that does nothing."""
+"""The one module that knows MLflow: runs of stages, the pipeline's parent run, the model registry.
+
+Rank 0 logs; every other process gets a run that does nothing. One experiment per stage family; the cells of a matrix
+stage are nested in one run of that experiment. All calls go through `MlflowClient` with explicit run ids, because the
+fluent API keeps one active run per thread and silently opens strays in worker threads.
+"""
 
 from __future__ import annotations
 
+import fcntl
+import functools
+import hashlib
+import importlib.metadata
+import os
+import shutil
 import subprocess
+import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flows.params import Params
+from flows import files, paths
+from flows.errors import Interrupted, ResourceError
+from flows.params import Params, flatten
+
+PARENT_VARIABLE = "TRUNKLINE_PARENT_RUN"
+FLUSH_S = 5.0
+PARAMS_PER_CALL = 100  # MLflow's limit of one batch
+VALUE_LIMIT = 6000
 
 
 @dataclass
@@ -26,13 +46,342 @@ class Run:
 
     def set_tags(self, tags: Mapping[str, str]) -> None: ...
 
+    def flush(self) -> None: ...
+
+
+class MlflowRun(Run):
+    """A run in the tracking store. Metrics are gathered and sent every few seconds: a call costs about 13 ms."""
+
+    def __init__(self, client: Any, run_id: str) -> None:
+        super().__init__(run_id)
+        self._client = client
+        self._pending: list[Any] = []
+        self._sent = time.monotonic()
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        self._pending += [
+            Metric(key, float(value), now, int(step)) for key, value in metrics.items() if key != "step"
+        ]
+        if time.monotonic() - self._sent > FLUSH_S:
+            self.flush()
+
+    def log_params(self, values: Mapping[str, Any]) -> None:
+        from mlflow.entities import Param
+
+        flat = [Param(key, str(value)[:VALUE_LIMIT]) for key, value in flatten(values).items()]
+        for start in range(0, len(flat), PARAMS_PER_CALL):
+            self._client.log_batch(self.run_id, params=flat[start : start + PARAMS_PER_CALL])
+
+    def log_artifact(self, path: Path, folder: str | None = None) -> None:
+        if path.is_dir():
+            self._client.log_artifacts(self.run_id, str(path), folder or path.name)
+        else:
+            self._client.log_artifact(self.run_id, str(path), folder)
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        self._client.log_batch(self.run_id, tags=[RunTag(key, str(value)) for key, value in tags.items()])
+
+    def flush(self) -> None:
+        for start in range(0, len(self._pending), 1000):
+            self._client.log_batch(self.run_id, metrics=self._pending[start : start + 1000])
+        self._pending, self._sent = [], time.monotonic()
+
+
+# ---- the store ------------------------------------------------------------------------------------------------------
+
+
+def tracking_uri(params: Params) -> str:
+    """`MLFLOW_TRACKING_URI`, or the one in params with a relative SQLite path made absolute in the home clone."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or params.tracking.uri
+    prefix = "sqlite:///"
+    if uri.startswith(prefix) and not uri.startswith(prefix + "/"):
+        uri = prefix + str(paths.home() / uri.removeprefix(prefix))
+    return uri
+
+
+def client(params: Params) -> Any:
+    """`MlflowClient` of the tracking store, whose schema exists.
+
+    Raises:
+        ResourceError: the store cannot be reached.
+    """
+    uri = tracking_uri(params)
+    os.environ["MLFLOW_TRACKING_URI"] = uri
+    return _client(uri)
+
+
+@functools.cache
+def _client(uri: str) -> Any:
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    import mlflow
+
+    try:
+        # several processes that meet an empty database all fail in its migration: one creates, the others wait
+        with _exclusive("tracking"):
+            mlflow.set_tracking_uri(uri)
+            connected = mlflow.MlflowClient(uri)
+            connected.search_experiments(max_results=1)
+    except OSError:
+        raise
+    except Exception as error:
+        raise ResourceError(f"the MLflow store {uri} cannot be used: {' '.join(str(error).split())[:300]}") from error
+    return connected
+
+
+@contextmanager
+def _exclusive(name: str) -> Iterator[None]:
+    """Lock between all processes of this clone."""
+    folder = paths.home() / ".trunkline"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f"{name}.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _experiment_id(client: Any, name: str) -> str:
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        return str(found.experiment_id)
+    location = str(paths.home() / "mlartifacts") if client.tracking_uri.startswith("sqlite:") else None
+    return str(client.create_experiment(name, artifact_location=location and f"{location}/{name}"))
+
+
+# ---- runs -----------------------------------------------------------------------------------------------------------
+
 
 @contextmanager
 def stage_run(stage: str, cell: str | None, params: Params) -> Iterator[Run]:
-    yield Run()
+    """The run of one stage execution: FINISHED at the end, KILLED when interrupted, FAILED on any other error."""
+    if int(os.environ.get("RANK", "0")) != 0 or os.environ.get("TRUNKLINE_TRACKING") == "off":
+        yield Run()
+        return
+    connection = client(params)
+    experiment = _experiment_id(connection, f"{params.tracking.experiment}/{stage}")
+    parent = os.environ.get(PARENT_VARIABLE, "")
+    tags = {"trunkline.stage": f"{stage}@{cell}" if cell else stage, **provenance_tags()}
+    if parent:
+        tags["trunkline.pipeline_run"] = parent
+    if cell:
+        with _exclusive("tracking"):
+            tags["mlflow.parentRunId"] = _group_run(connection, experiment, stage, parent or _origin(params))
+    created = connection.create_run(experiment, run_name=cell or stage, tags=tags)
+    run = MlflowRun(connection, created.info.run_id)
+    try:
+        run.log_params(params.model_dump())
+        yield run
+    except BaseException as error:
+        run.flush()
+        killed = isinstance(error, Interrupted | KeyboardInterrupt | SystemExit)
+        connection.set_terminated(run.run_id, status="KILLED" if killed else "FAILED")
+        raise
+    run.flush()
+    connection.set_terminated(run.run_id, status="FINISHED")
 
 
+def _group_run(connection: Any, experiment: str, stage: str, group: str) -> str:
+    """The run that holds the cells of one matrix stage in one pipeline run; made by the first cell."""
+    found = connection.search_runs([experiment], f"tags.`trunkline.group` = '{group}'", max_results=1)
+    if found:
+        return str(found[0].info.run_id)
+    made = connection.create_run(
+        experiment, run_name=stage, tags={"trunkline.group": group, "trunkline.stage": stage}
+    )
+    connection.set_terminated(made.info.run_id, status="FINISHED")
+    return str(made.info.run_id)
+
+
+def _origin(params: Params) -> str:
+    """What stands for the pipeline run when DVC is used alone: the same commit and params form one group."""
+    return hashlib.sha256((git_commit() + params.model_dump_json()).encode()).hexdigest()[:16]
+
+
+@contextmanager
+def pipeline_run(params: Params, name: str, tags: Mapping[str, str]) -> Iterator[MlflowRun]:
+    """The parent run of one pipeline execution."""
+    connection = client(params)
+    experiment = _experiment_id(connection, f"{params.tracking.experiment}/pipeline")
+    created = connection.create_run(experiment, run_name=name, tags={**provenance_tags(), **tags})
+    run = MlflowRun(connection, created.info.run_id)
+    try:
+        run.log_params(params.model_dump())
+        yield run
+    except BaseException as error:
+        run.flush()
+        killed = isinstance(error, Interrupted | KeyboardInterrupt | SystemExit)
+        connection.set_terminated(run.run_id, status="KILLED" if killed else "FAILED")
+        raise
+    run.flush()
+    connection.set_terminated(run.run_id, status="FINISHED")
+
+
+def close_abandoned_runs(params: Params, parent: str) -> int:
+    """Mark the runs a killed stage left RUNNING under pipeline run `parent` as KILLED; returns how many."""
+    connection = client(params)
+    experiments = [
+        experiment.experiment_id
+        for experiment in connection.search_experiments()
+        if experiment.name.startswith(f"{params.tracking.experiment}/")
+    ]
+    left = connection.search_runs(
+        experiments, f"tags.`trunkline.pipeline_run` = '{parent}' and attributes.status = 'RUNNING'"
+    )
+    for run in left:
+        connection.set_terminated(run.info.run_id, status="KILLED")
+    return len(left)
+
+
+# ---- provenance -----------------------------------------------------------------------------------------------------
+
+
+def provenance_tags() -> dict[str, str]:
+    """Git commit, dirty flag, hash of dvc.lock, digest of the data manifest, DVC experiment name."""
+    tags = {"git.commit": git_commit(), "git.dirty": str(git_is_dirty()).lower()}
+    if (lock := Path("dvc.lock")).is_file():
+        tags["dvc.lock_sha256"] = files.sha256_file(lock)
+    if (manifest := paths.DATA / "manifest.json").is_file():
+        tags["data.digest"] = files.read_json(manifest)["digest"]
+    if name := os.environ.get("DVC_EXP_NAME"):
+        tags["dvc.experiment"] = name
+    return tags
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        answer = subprocess.run(["git", "-C", str(paths.home()), *arguments], capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return answer.stdout.strip() if answer.returncode == 0 else None
+
+
+@functools.cache
 def git_commit() -> str:
-    """Commit of the working tree, or "unknown" outside a git checkout."""
-    answer = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-    return answer.stdout.strip() or "unknown"
+    """Commit of the clone, or "unknown" outside a git checkout."""
+    return _git("rev-parse", "HEAD") or "unknown"
+
+
+@functools.cache
+def git_is_dirty() -> bool:
+    """True when tracked files differ from the commit, what the pipeline itself writes (dvc.lock, metrics) aside."""
+    return bool(_git("status", "--porcelain", "-uno", "--", ".", ":!dvc.lock", ":!artifacts"))
+
+
+# ---- registry -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Version:
+    """One version of a registered model."""
+
+    name: str
+    version: str
+    aliases: tuple[str, ...]
+    tags: Mapping[str, str]
+    source: str
+
+
+def _version(found: Any) -> Version:
+    return Version(found.name, str(found.version), tuple(sorted(found.aliases)), dict(found.tags), found.source)
+
+
+def find_version(params: Params, name: str, digest: str) -> Version | None:
+    """The newest version of model `name` that holds the export with this content digest."""
+    found = client(params).search_model_versions(f"name = '{name}' and tags.`onnx.digest` = '{digest}'")
+    newest = max(found, key=lambda version: int(version.version), default=None)
+    return version_of(params, name, str(newest.version)) if newest else None
+
+
+def version_of(params: Params, name: str, version: str) -> Version:
+    return _version(client(params).get_model_version(name, version))
+
+
+def alias(params: Params, name: str, alias_name: str) -> Version | None:
+    """The version that `alias_name` points at, or None."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return _version(client(params).get_model_version_by_alias(name, alias_name))
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise
+
+
+def set_alias(params: Params, name: str, alias_name: str, version: str) -> None:
+    client(params).set_registered_model_alias(name, alias_name, version)
+
+
+def delete_alias(params: Params, name: str, alias_name: str) -> None:
+    client(params).delete_registered_model_alias(name, alias_name)
+
+
+def tag_version(params: Params, version: Version, tags: Mapping[str, str]) -> None:
+    for key, value in tags.items():
+        client(params).set_model_version_tag(version.name, version.version, key, value)
+
+
+def register_folder(
+    params: Params, run: Run, name: str, folder: Path, example: Any, tags: Mapping[str, str]
+) -> Version:
+    """Store the exported folder, byte for byte, as a new version of model `name` with signature and input example.
+
+    `folder` holds model.onnx; `example` is the input array of one real sample, float32 (1, 3, S, S). MLflow's own
+    `log_model` would rewrite the weights under another file name, so its MLmodel is made first and our files replace its.
+    """
+    import mlflow.onnx
+    import numpy as np
+    import onnx
+    from mlflow.exceptions import MlflowException
+    from mlflow.models.signature import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    connection = client(params)
+    model = onnx.load(folder / "model.onnx")
+    images, logits = model.graph.input[0].name, model.graph.output[0].name
+    classes = model.graph.output[0].type.tensor_type.shape.dim[-1].dim_value
+    float32 = np.dtype("float32")
+    signature = ModelSignature(
+        inputs=Schema([TensorSpec(float32, (-1, *example.shape[1:]), images)]),
+        outputs=Schema([TensorSpec(float32, (-1, classes), logits)]),
+    )
+    experiment = connection.get_run(run.run_id).info.experiment_id
+    with tempfile.TemporaryDirectory() as temporary:
+        package = Path(temporary) / "model"
+        mlflow.onnx.save_model(
+            model,
+            str(package),
+            signature=signature,
+            input_example={images: example},
+            onnx_execution_providers=["CPUExecutionProvider"],
+            pip_requirements=[f"onnxruntime=={importlib.metadata.version('onnxruntime')}", "numpy"],
+        )
+        for stray in package.glob("model.onnx*"):
+            stray.unlink()
+        shutil.copytree(folder, package, dirs_exist_ok=True)
+        logged = connection.create_logged_model(
+            experiment, name=name, source_run_id=run.run_id, tags=dict(tags), model_type="onnx"
+        )
+        connection.log_model_artifacts(logged.model_id, str(package))
+        connection.finalize_logged_model(logged.model_id, "READY")
+    try:
+        connection.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    created = connection.create_model_version(
+        name, source=logged.model_uri, run_id=run.run_id, model_id=logged.model_id, tags=dict(tags)
+    )
+    return _version(created)
+
+
+def download_version(params: Params, version: Version, folder: Path) -> Path:
+    """Copy the registered folder of `version` to `folder` (which must not exist yet); returns it."""
+    import mlflow.artifacts
+
+    client(params)
+    folder.mkdir(parents=True)
+    return Path(mlflow.artifacts.download_artifacts(version.source, dst_path=str(folder)))

@@ -1,0 +1,70 @@
+# make run            the whole pipeline on real images, with embedded services
+# make test           all tests
+# make lint           format, style, types, import directions
+# make ui             Prefect and MLflow pages of what ran      make serve   the champion over HTTP
+# Variables of run: DATASET=digits|cifar10|path/to/folder  RECIPE=name  SET="key=value key=value"
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+export DO_NOT_TRACK := 1
+export DVC_NO_ANALYTICS := 1
+export MLFLOW_DISABLE_TELEMETRY := true
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+export PREFECT_HOME ?= $(CURDIR)/.prefect
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: run test lint format ui serve report bench clean help
+
+run: $(VENV)/.installed
+	@$(BIN)/trunkline run $(if $(DATASET),--dataset "$(DATASET)") $(if $(RECIPE),--recipe "$(RECIPE)") $(foreach s,$(SET),--set "$(s)")
+
+test: $(VENV)/.installed-test
+	@$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-lint
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed-lint
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+serve: $(VENV)/.installed
+	@$(BIN)/trunkline serve vision
+
+report: $(VENV)/.installed
+	@$(BIN)/trunkline report
+
+ui: $(VENV)/.installed
+	@$(BIN)/trunkline ui
+
+bench: $(VENV)/.installed-test
+	@$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf $(VENV) .cache .trunkline .prefect mlflow.db mlartifacts artifacts/data artifacts/subsets artifacts/pretrain \
+	  artifacts/finetune artifacts/evaluate artifacts/export artifacts/parity artifacts/receipts artifacts/report.html
+
+help:
+	@sed -n 's/^# //p' Makefile
+
+# pip's own message is the clearest about an index that cannot be reached; the Python version is checked by us
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed, $(PYTHON) is " + sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+$(VENV)/.installed-lint: $(VENV)/.installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[lint]'
+	@touch $@

@@ -1,0 +1,118 @@
+"""The command `trunkline`: run the pipeline, serve a model, rewrite the report.
+
+Heavy packages are imported inside the commands, so that `trunkline --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flows import environment, params, paths
+from flows.errors import Interrupted, TrunklineError, explain_os_error
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+serve_app = typer.Typer(no_args_is_help=True, help="Serve a registered model.")
+app.add_typer(serve_app, name="serve")
+
+
+@app.command()
+def run(
+    dataset: Annotated[str, typer.Option(help="digits, cifar10 or a folder of images; empty: as in params.yaml")] = "",
+    recipe: Annotated[str, typer.Option(help="name in recipes/ or path of an overlay of params.yaml")] = "",
+    set_: Annotated[list[str], typer.Option("--set", help="key=value, may be repeated")] = [],  # noqa: B006
+) -> None:
+    """Run the whole pipeline: DVC stages, registration, promotion, smoke test, report."""
+    workspace_checks(dataset, recipe, set_)
+    from flows.pipeline import pipeline
+    from flows.summary import print_summary
+
+    try:
+        summary = pipeline(dataset=dataset, recipe=recipe, settings=set_)
+    except KeyboardInterrupt:
+        raise Interrupted("stopped; the same command continues where it was") from None
+    print_summary(summary)
+
+
+def workspace_checks(dataset: str, recipe: str, settings: list[str]) -> None:
+    """Find a user's mistake before a server is started for the flow."""
+    from flows import workspace
+
+    place = workspace.prepare(dataset, recipe, settings)
+    source = Path(place.params.ingest.source)
+    if not (source if source.is_absolute() else place.root / source).exists():
+        raise params.ConfigError(f"`ingest.source`: {source} does not exist")
+
+
+@serve_app.command("vision")
+def serve_vision(
+    model: Annotated[str, typer.Option(help="registered model; empty: the one of params.yaml's data set")] = "",
+    alias: Annotated[str, typer.Option(help="which version: its alias")] = "champion",
+    version: Annotated[str, typer.Option(help="which version: its number, instead of an alias")] = "",
+    host: Annotated[str, typer.Option(help="address to listen on; empty: params.yaml")] = "",
+    port: Annotated[int, typer.Option(help="port; -1: params.yaml")] = -1,
+    variant: Annotated[str, typer.Option(help="fp32 or int8; empty: params.yaml")] = "",
+) -> None:
+    """Serve an image classifier over HTTP (Open Inference Protocol v2 and POST /v1/classify)."""
+    from flows.serve import serve_registered
+
+    change = {"host": host, "port": port if port >= 0 else None, "variant": variant}
+    serve_registered(params.load(), model, alias, version, {key: value for key, value in change.items() if value not in ("", None)})
+
+
+@app.command()
+def ui(
+    prefect_port: Annotated[int, typer.Option(help="port of Prefect's pages")] = 4200,
+    mlflow_port: Annotated[int, typer.Option(help="port of MLflow's pages")] = 5000,
+) -> None:
+    """Start the pages of Prefect and MLflow, until Ctrl-C."""
+    from flows.ui import show
+
+    show(params.load(), prefect_port, mlflow_port)
+
+
+@app.command()
+def report() -> None:
+    """Write artifacts/report.html again from what the stages left."""
+    from flows.report import build_report
+
+    paths.workspace()
+    print(build_report(Path.cwd(), {}))
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line on stderr and an exit code (see flows.errors)."""
+    environment.prepare()
+    try:
+        app(standalone_mode=False)
+    except TrunklineError as error:
+        _fail(str(error), error.exit_code)
+    except OSError as error:
+        explained = explain_os_error(error)
+        if explained is None:
+            raise
+        _fail(str(explained), explained.exit_code)
+    except typer.Abort:
+        _fail("stopped", Interrupted.exit_code)
+    except typer.Exit as error:
+        raise SystemExit(error.exit_code) from None
+    except Exception as error:
+        # typer's vendored click raises usage errors of its own
+        if hasattr(error, "format_message") and hasattr(error, "exit_code"):
+            _fail(error.format_message(), error.exit_code)
+        raise
+
+
+def _fail(message: str, exit_code: int) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.stdout.flush()
+    raise SystemExit(exit_code)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("COLUMNS", "100")
+    main()

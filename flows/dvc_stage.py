@@ -1,0 +1,159 @@
+"""Run one DVC stage as a child process: stream its output, classify its exit code, read its receipt.
+
+The order and names come from dvc.yaml through DVC's own index; execution goes through DVC's command line, because the
+Python API keeps process-wide state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+
+from flows import files, paths
+from flows.errors import RETRYABLE_EXIT_CODES, Interrupted, TrunklineError
+
+KEPT_LINES = 50
+TERMINATE_S = 60.0
+ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")
+LOCKED = ("Unable to acquire lock", "is busy, it is being blocked by")
+
+Status = Literal["executed", "restored", "unchanged"]
+
+
+class StageFailed(TrunklineError):
+    """A stage ended with a non-zero exit code."""
+
+    def __init__(self, message: str, exit_code: int, can_retry: bool) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+        self.can_retry = can_retry
+
+
+@dataclass(frozen=True)
+class StageInfo:
+    """A stage of dvc.yaml."""
+
+    name: str  # finetune@scratch
+    needs: tuple[str, ...]  # names of the stages it depends on
+    sections: tuple[str, ...]  # of params.yaml
+
+    @property
+    def family(self) -> str:
+        return self.name.partition("@")[0]
+
+
+def read_graph(root: Path) -> list[StageInfo]:
+    """Stages of `root`/dvc.yaml in an order in which each comes after what it needs.
+
+    Raises:
+        TrunklineError: dvc.yaml or params.yaml cannot be read by DVC.
+    """
+    import networkx
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    try:
+        with Repo(str(root)) as repo:
+            graph = repo.index.graph  # edges point from a stage to what it needs
+            order = networkx.lexicographical_topological_sort(graph.reverse(), key=lambda stage: stage.addressing)
+            return [
+                StageInfo(
+                    stage.name,
+                    tuple(sorted(parent.name for parent in graph.successors(stage))),
+                    tuple(name for dependency in stage.params for name in dependency.params),
+                )
+                for stage in order
+            ]
+    except DvcException as error:
+        raise TrunklineError(f"DVC cannot read the pipeline in {root}: {error}") from error
+
+
+def read_receipt(root: Path, stage: str) -> dict[str, Any]:
+    """What the execution that made the stage's present outputs left; empty if there is none."""
+    path = root / paths.RECEIPTS / f"{stage.replace('@', '-')}.json"
+    return dict(files.read_json(path)) if path.is_file() else {}
+
+
+def run_stage(
+    root: Path,
+    stage: str,
+    environment: dict[str, str],
+    on_line: Callable[[str], None],
+) -> tuple[Status, dict[str, Any]]:
+    """`dvc repro --single-item STAGE` in `root`; returns what DVC did and the receipt of the run that made the bytes.
+
+    Raises:
+        StageFailed: with the stage's own exit code, its error line and the command that repeats it.
+    """
+    before = read_receipt(root, stage)
+    lines: deque[str] = deque(maxlen=KEPT_LINES)
+    executed = False
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", stage],
+        cwd=root,
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", **environment},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        bufsize=1,
+    )
+    try:
+        assert process.stdout is not None
+        for raw in process.stdout:
+            line = ANSI.sub("", raw).rstrip()
+            if line:
+                executed = executed or line.startswith("Running stage ")
+                lines.append(line)
+                on_line(line)
+        code = process.wait()
+    finally:
+        if process.poll() is None:
+            terminate_tree(process.pid)
+    if code != 0:
+        raise _failure(stage, root, code, list(lines))
+    receipt = read_receipt(root, stage)
+    if executed:
+        return "executed", receipt
+    return ("unchanged" if receipt == before else "restored"), receipt
+
+
+def _failure(stage: str, root: Path, code: int, lines: list[str]) -> StageFailed:
+    """DVC answers 255 to any failure of a command; the command's own code stands in its last line."""
+    matches = [found for line in lines if (found := re.search(r"exited with (-?\d+)", line))]
+    own = int(matches[-1].group(1)) if matches else code
+    own_words = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    dvc_words = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")] if not matches else []
+    said = own_words[-1:] or dvc_words[:1]
+    text = said[0] if said else "\n".join([f"{stage} failed:", *lines[-15:]])
+    locked = any(mark in line for line in lines for mark in LOCKED)
+    repeat = "" if own == Interrupted.exit_code else f"\n  repeat: cd {root} && dvc repro --single-item {stage}"
+    return StageFailed(text + repeat, own, locked or own in RETRYABLE_EXIT_CODES)
+
+
+def terminate_tree(pid: int, patience_s: float = TERMINATE_S) -> None:
+    """SIGTERM to all descendants, leaves first, so that training saves a checkpoint; SIGKILL to what is left."""
+    try:
+        root = psutil.Process(pid)
+        family = [*reversed(root.children(recursive=True)), root]
+    except psutil.NoSuchProcess:
+        return
+    for process in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGTERM)
+    _, alive = psutil.wait_procs(family, timeout=patience_s)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGKILL)

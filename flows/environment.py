@@ -1,0 +1,34 @@
+"""Environment that every process of the pipeline inherits: nothing calls home, embedded services by default.
+
+Only defaults: a variable that is already set stays as it is, so that a real Prefect API or MLflow server is
+chosen by configuration alone.
+"""
+
+from __future__ import annotations
+
+import os
+
+from flows import paths
+
+QUIET = {
+    "DO_NOT_TRACK": "1",
+    "DVC_NO_ANALYTICS": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "true",
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+    "PREFECT_LOGGING_TO_API_BATCH_INTERVAL": "1",
+    "PREFECT_CLI_PROMPT": "false",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "GIT_PYTHON_REFRESH": "quiet",
+    "PYTHONUNBUFFERED": "1",
+}
+
+
+def prepare() -> None:
+    """Set what is not set. Call it before prefect, mlflow or dvc are imported."""
+    for key, value in QUIET.items():
+        os.environ.setdefault(key, value)
+    os.environ.setdefault("PREFECT_HOME", str(paths.home() / ".prefect"))

@@ -1,0 +1,238 @@
+"""The flow: DVC's stages one task each, then registration, promotion, smoke test and report.
+
+Prefect decides when, retries and shows; DVC decides what has to run. Tasks never cache results: "is this computed
+already" is DVC's question. `python -m flows.cli run` starts it; a deployment may call `pipeline` with the same arguments.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from flows import environment
+
+environment.prepare()
+
+from prefect import flow, get_run_logger, task  # noqa: E402  # Prefect reads its settings at import
+from prefect.artifacts import create_markdown_artifact, create_table_artifact  # noqa: E402
+from prefect.cache_policies import NO_CACHE  # noqa: E402
+from prefect.context import FlowRunContext  # noqa: E402
+from prefect.futures import PrefectFuture  # noqa: E402
+from prefect.states import State  # noqa: E402
+from prefect.task_runners import ThreadPoolTaskRunner  # noqa: E402
+
+from flows import dvc_stage, files, paths, promotion, smoke, tracking, workspace  # noqa: E402
+from flows.dvc_stage import StageFailed, StageInfo  # noqa: E402
+from flows.params import Params, flatten  # noqa: E402
+from flows.report import build_report  # noqa: E402
+from flows.tracking import MlflowRun, Version  # noqa: E402
+
+LABELS_NEEDED = ("finetune", "evaluate", "export", "parity")
+_stopping = threading.Event()
+
+
+def _can_retry(task: Any, run: Any, state: State[Any]) -> bool:
+    """Only lost processes and locks; a failed gate, a bad parameter or a diverged loss fails the same way again."""
+    try:
+        state.result()
+    except StageFailed as error:
+        return error.can_retry and not _stopping.is_set()
+    except Exception:
+        return False
+    return False
+
+
+@task(
+    task_run_name="{stage}",
+    cache_policy=NO_CACHE,
+    persist_result=False,
+    retries=2,
+    retry_delay_seconds=[5, 60],
+    retry_condition_fn=_can_retry,
+)
+def run_stage(stage: str, root: str, parameters: dict[str, Any], environment: dict[str, str]) -> dict[str, Any]:
+    """One DVC stage; returns its status, duration and the receipt of the run that made its bytes."""
+    logger = get_run_logger()
+    started = time.monotonic()
+    status, receipt = dvc_stage.run_stage(Path(root), stage, environment, logger.info)
+    seconds = time.monotonic() - started
+    table = [{"parameter": key, "value": str(value)} for key, value in parameters.items()]
+    table.append({"parameter": "— MLflow run that made the outputs", "value": receipt.get("run_id", "")})
+    table.append({"parameter": "— duration of this task", "value": f"{seconds:.1f} s ({status})"})
+    create_table_artifact(table, key=stage.replace("@", "-"), description=f"{stage}: parameters and outcome")
+    return {"stage": stage, "status": status, "seconds": seconds, "receipt": receipt}
+
+
+@task(cache_policy=NO_CACHE, persist_result=False)
+def register(params: Params, root: Path, run: MlflowRun) -> Version:
+    """Register the export as challenger."""
+    return promotion.register_export(params, root, run)
+
+
+@task(cache_policy=NO_CACHE, persist_result=False)
+def promote(params: Params, root: Path, version: Version) -> promotion.Decision:
+    """Check the gates and move the champion alias if all pass."""
+    decision = promotion.decide(params, root, version)
+    if decision.gates:
+        create_table_artifact([asdict(gate) for gate in decision.gates], key="gates", description="Promotion gates")
+    return decision
+
+
+@task(cache_policy=NO_CACHE, persist_result=False, name="smoke test")
+def smoke_test(params: Params, root: Path, version: Version) -> smoke.SmokeResult:
+    """Serve the registered version and compare its answers with the recorded predictions."""
+    return smoke.smoke_test(params, root, version)
+
+
+@task(cache_policy=NO_CACHE, persist_result=False)
+def report(params: Params, root: Path, run: MlflowRun, extra: dict[str, Any]) -> Path:
+    """Write the HTML report and log it."""
+    path = build_report(root, extra)
+    run.log_artifact(path)
+    return path
+
+
+@flow(name="pipeline", persist_result=False, log_prints=False)
+def pipeline(dataset: str = "", recipe: str = "", settings: list[str] | None = None) -> dict[str, Any]:
+    """Raw images in, a served model out. The arguments select and override params as `trunkline run` does.
+
+    Returns:
+        A JSON-able summary: stages with status and seconds, metrics, version, aliases, paths.
+    """
+    logger = get_run_logger()
+    started = time.monotonic()
+    _stopping.clear()
+    place = workspace.prepare(dataset, recipe, settings or [])
+    params, root = place.params, place.root
+    flow_run = FlowRunContext.get()
+    flow_id = str(flow_run.flow_run.id) if flow_run and flow_run.flow_run else ""
+    tags = {"prefect.flow_run_id": flow_id, "trunkline.workspace": str(root)}
+    if place.settings:
+        tags["trunkline.overrides"] = " ".join(f"-S {setting}" for setting in place.settings)
+    os.chdir(root)  # params, provenance and relative paths of this run are those of its workspace
+    with tracking.pipeline_run(params, name=root.name, tags=tags) as run:
+        logger.info("workspace %s", root)
+        try:
+            outcomes = _run_stages(params, root, run)
+        except BaseException:
+            _stopping.set()
+            _stop_children()
+            tracking.close_abandoned_runs(params, run.run_id)
+            raise
+        summary = _deliver(params, root, run, outcomes)
+        summary["seconds"] = time.monotonic() - started
+        _log_outcome(run, root, summary)
+    create_markdown_artifact(_markdown(summary), key="summary", description="What this run made")
+    return summary
+
+
+def _run_stages(params: Params, root: Path, run: MlflowRun) -> list[dict[str, Any]]:
+    """Submit every stage in DVC's order; each starts when the ones it needs are done."""
+    variables = {tracking.PARENT_VARIABLE: run.run_id, "TRUNKLINE_FLOW_PID": str(os.getpid())}
+    variables["MLFLOW_TRACKING_URI"] = tracking.tracking_uri(params)
+    sections = params.model_dump()
+    futures: dict[str, PrefectFuture[Any]] = {}
+    with ThreadPoolTaskRunner(max_workers=params.pipeline.parallel_stages) as runner:
+        for info in dvc_stage.read_graph(root):
+            if info.family in LABELS_NEEDED:
+                [future.result() for future in futures.values() if "ingest" in futures]
+                if not _is_labelled(futures, root):
+                    continue
+            futures[info.name] = runner.submit(
+                run_stage.with_options(retries=params.pipeline.retries),
+                parameters={
+                    "stage": info.name,
+                    "root": str(root),
+                    "parameters": _parameters_of(info, sections),
+                    "environment": variables,
+                },
+                wait_for=[futures[name] for name in info.needs],
+            )
+        return [future.result() for future in futures.values()]
+
+
+def _is_labelled(futures: dict[str, PrefectFuture[Any]], root: Path) -> bool:
+    """Known only once the images are read: without classes the pipeline ends with pretraining."""
+    futures["ingest"].result()
+    return bool(files.read_json(root / paths.DATA / "manifest.json")["classes"])
+
+
+def _parameters_of(info: StageInfo, sections: dict[str, Any]) -> dict[str, Any]:
+    return flatten({name: sections[name] for name in info.sections})
+
+
+def _stop_children() -> None:
+    """End the stages of this process, so that they checkpoint instead of going on as orphans."""
+    import psutil
+
+    for child in psutil.Process().children():
+        if "dvc" in " ".join(child.cmdline()):
+            dvc_stage.terminate_tree(child.pid)
+
+
+def _deliver(params: Params, root: Path, run: MlflowRun, outcomes: list[dict[str, Any]]) -> dict[str, Any]:
+    """Everything with an effect outside the workspace, in order; the report last, because it tells of the rest."""
+    summary: dict[str, Any] = {
+        "workspace": str(root),
+        "tracking_uri": tracking.tracking_uri(params),
+        "run_id": run.run_id,
+        "stages": outcomes,
+        "executed": [outcome["stage"] for outcome in outcomes if outcome["status"] == "executed"],
+        "metrics": {path.stem: files.read_json(path) for path in sorted((root / paths.METRICS).glob("*.json"))},
+    }
+    extra = {
+        "tracking_uri": summary["tracking_uri"],
+        "executed": summary["executed"],
+        "git": tracking.git_commit(),
+        "dirty": tracking.git_is_dirty(),
+        "lock_sha256": files.sha256_file(root / "dvc.lock"),
+        "run_id": run.run_id,
+    }
+    if any(outcome["stage"] == "parity" for outcome in outcomes):
+        version = register(params, root, run)
+        decision = promote(params, root, version)
+        tested = smoke_test(params, root, decision.version)
+        summary["smoke"] = asdict(tested)
+        summary["registry"] = {
+            "name": version.name,
+            "version": version.version,
+            "aliases": list(decision.version.aliases),
+            "promoted": decision.promoted,
+            "champion": decision.champion.version if decision.champion else None,
+            "gates": [asdict(gate) for gate in decision.gates],
+            "digest": version.tags["onnx.digest"],
+        }
+        extra["registry"] = summary["registry"]
+        extra["smoke"] = summary["smoke"]
+    summary["report"] = str(report(params, root, run, extra))
+    return summary
+
+
+def _log_outcome(run: MlflowRun, root: Path, summary: dict[str, Any]) -> None:
+    for stage, metrics in summary["metrics"].items():
+        numbers = {key: value for key, value in flatten(metrics).items() if isinstance(value, int | float)}
+        run.log_metrics({f"{stage}.{key}": value for key, value in numbers.items()})
+    run.log_metrics({"seconds": summary["seconds"], "stages_executed": len(summary["executed"])})
+    run.log_artifact(root / paths.DATA / "manifest.json")
+    run.log_artifact(root / "params.yaml")
+    run.log_artifact(root / "dvc.lock")
+    # the lock has its final content only now
+    run.set_tags(tracking.provenance_tags())
+
+
+def _markdown(summary: dict[str, Any]) -> str:
+    rows = [f"| {o['stage']} | {o['status']} | {o['seconds']:.1f} |" for o in summary["stages"]]
+    lines = ["| stage | status | seconds |", "| --- | --- | ---: |", *rows, ""]
+    if registry := summary.get("registry"):
+        aliases = ", ".join(registry["aliases"]) or "no alias"
+        lines.append(f"Registered: **{registry['name']}** version **{registry['version']}** ({aliases}).")
+    lines.append(f"Report: `{summary['report']}`")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    pipeline()

@@ -1,0 +1,148 @@
+"""From an exported folder to a registered version, and from `challenger` to `champion`.
+
+Effects outside the workspace live here and in other flows, never in DVC stages. The gates are absolute limits from
+params.yaml plus the comparison with the present champion.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from flows import dvc_stage, files, paths, tracking
+from flows.data import ImageDataset
+from flows.imaging import Preprocessing, preprocess
+from flows.params import Params
+from flows.tracking import MlflowRun, Version
+
+CHALLENGER, CHAMPION, PREVIOUS = "challenger", "champion", "previous"
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One condition on the way to `champion`."""
+
+    name: str
+    passed: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Decision:
+    version: Version
+    gates: tuple[Gate, ...]
+    promoted: bool
+    champion: Version | None
+    """The champion after the decision."""
+
+
+def register_export(params: Params, root: Path, run: MlflowRun) -> Version:
+    """Register `root`/artifacts/export as challenger; an export that is registered already is found by its digest."""
+    manifest = files.read_json(root / paths.EXPORT / "manifest.json")
+    name = params.registered_model(files.read_json(root / paths.DATA / "manifest.json")["name"])
+    digest = manifest["variants"]["fp32"]["digest"]
+    version = tracking.find_version(params, name, digest)
+    if version is None:
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / "export"
+            shutil.copytree(root / paths.EXPORT, folder)
+            shutil.copy(root / paths.PARITY / "parity.json", folder)
+            example = example_input(params, root, Preprocessing.from_dict(manifest["preprocessing"]))
+            version = tracking.register_folder(params, run, name, folder, example, version_tags(root, manifest))
+    if CHAMPION not in version.aliases:
+        tracking.set_alias(params, name, CHALLENGER, version.version)
+    return tracking.version_of(params, name, version.version)
+
+
+def example_input(params: Params, root: Path, preprocessing: Preprocessing) -> Any:
+    """The first validation image as the network sees it, float32 (1, 3, S, S)."""
+    dataset = ImageDataset(root / paths.DATA, "val", rows=[0], cache_mb=0, max_pixels=params.ingest.max_pixels)
+    return preprocess(dataset.image(0), preprocessing)[None]
+
+
+def version_tags(root: Path, manifest: dict[str, Any]) -> dict[str, str]:
+    """What leads from a version back to its code, data, parameters and training run."""
+    data = files.read_json(root / paths.DATA / "manifest.json")
+    metrics = files.read_json(root / paths.METRICS / "evaluate-pretrained.json")
+    return {
+        "git.commit": tracking.git_commit(),
+        "git.dirty": str(tracking.git_is_dirty()).lower(),
+        "dvc.out_md5": locked_md5(root, "export", paths.EXPORT),
+        "dvc.lock_sha256": files.sha256_file(root / "dvc.lock"),
+        "onnx.digest": manifest["variants"]["fp32"]["digest"],
+        "onnx.opset": str(manifest["opset"]),
+        "data.digest": data["digest"],
+        "data.name": data["name"],
+        "data.md5": locked_md5(root, "ingest", paths.DATA),
+        "params.sha256": hashlib.sha256((root / "params.yaml").read_bytes()).hexdigest(),
+        "train.run_id": dvc_stage.read_receipt(root, "finetune@pretrained").get("run_id", ""),
+        "license": data["licence"],
+        "metric.test_top1": repr(metrics["top1"]),
+    }
+
+
+def locked_md5(root: Path, stage: str, output: Path) -> str:
+    """MD5 that dvc.lock holds for `output` of `stage`."""
+    lock = yaml.safe_load((root / "dvc.lock").read_text())
+    outputs = lock["stages"][stage]["outs"]
+    return str(next(out["md5"] for out in outputs if out["path"] == output.as_posix()))
+
+
+def decide(params: Params, root: Path, version: Version) -> Decision:
+    """Check the gates and, if all pass, make `version` the champion; the old champion becomes `previous`.
+
+    A failed gate changes no alias. Every gate leaves the tag `gate.<name> = passed|failed: reason` on the version.
+    """
+    champion = tracking.alias(params, version.name, CHAMPION)
+    if champion is not None and champion.version == version.version:
+        return Decision(version, (), False, champion)
+    gates = check_gates(params, root, version, champion)
+    verdicts = {f"gate.{gate.name}": f"{'passed' if gate.passed else 'failed'}: {gate.reason}" for gate in gates}
+    tracking.tag_version(params, version, verdicts)
+    if not all(gate.passed for gate in gates):
+        return Decision(version, gates, False, champion)
+    if champion is not None:
+        tracking.set_alias(params, version.name, PREVIOUS, champion.version)
+    tracking.set_alias(params, version.name, CHAMPION, version.version)
+    if CHALLENGER in version.aliases:
+        tracking.delete_alias(params, version.name, CHALLENGER)
+    promoted = tracking.version_of(params, version.name, version.version)
+    return Decision(promoted, gates, True, promoted)
+
+
+def check_gates(params: Params, root: Path, version: Version, champion: Version | None) -> tuple[Gate, ...]:
+    limits = params.registry
+    top1 = float(version.tags["metric.test_top1"])
+    parity = files.read_json(root / paths.PARITY / "parity.json")
+    gates = [
+        Gate("accuracy", top1 >= limits.min_test_top1, f"test top-1 {top1:.4f}, at least {limits.min_test_top1}"),
+        Gate(
+            "parity",
+            bool(parity["passed"]) or not limits.require_parity,
+            "inside the tolerances" if parity["passed"] else "outside the tolerances",
+        ),
+    ]
+    if champion is None:
+        gates.append(Gate("champion", True, "there is no champion yet"))
+    elif champion.tags.get("data.digest") != version.tags.get("data.digest"):
+        # two accuracies on different images say nothing about each other
+        gates.append(
+            Gate("champion", False, f"version {champion.version} was measured on other data; compare by hand")
+        )
+    else:
+        best = float(champion.tags["metric.test_top1"])
+        gain = top1 - best
+        gates.append(
+            Gate(
+                "champion",
+                gain > limits.min_gain,
+                f"gain {gain:+.4f} over version {champion.version} ({best:.4f}), more than {limits.min_gain} needed",
+            )
+        )
+    return tuple(gates)

@@ -1,0 +1,206 @@
+"""Learn to classify: from the pretrained backbone (cell `pretrained`) and, as control, from random weights (`scratch`).
+
+Files in: artifacts/data, artifacts/subsets and, for `pretrained`, artifacts/pretrain. Files out:
+artifacts/finetune/<cell>. Both cells get the same data, steps and augmentation, so that the difference is what
+pretraining is worth. Layer-wise learning-rate decay follows SimMIM (section 4.1.1); it only makes sense for weights that
+know something already, so the control trains all layers at the full rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+import models
+from flows import files, paths
+from flows.classifiers import save_classifier
+from flows.data import (
+    Augmentation,
+    Batch,
+    ImageDataset,
+    eval_batches,
+    load_manifest,
+    load_subset,
+    mix,
+    preprocessing_for,
+    to_model_input,
+    train_batches,
+)
+from flows.errors import ConfigError, DataError
+from flows.params import Params
+from flows.stage import Stage, run_stage
+from flows.training import Checkpoints, Job, Row, fingerprint, group_parameters, initialize_processes, train
+from flows.training.distributed import micro_batch_size
+from flows.training.outputs import curve_files
+from models.classification import Classifier
+from models.parameter_groups import layer_id, no_weight_decay, num_layer_ids
+
+CELLS = ["pretrained", "scratch"]
+SOURCES = [Path("flows/stages/finetune.py"), Path("flows/training"), Path("flows/data"), Path("models")]
+BACKBONE = "backbone."
+
+
+def run(params: Params, stage: Stage) -> None:
+    settings, training = params.finetune, params.finetune.training
+    manifest = load_manifest(paths.DATA)
+    if not manifest.classes:
+        raise DataError("the data set has no labels, so there is nothing to classify; it serves pretraining only")
+    processes = initialize_processes(training)
+    preprocessing = preprocessing_for(manifest, params.model)
+    reading = {"cache_mb": params.loader.cache_mb, "max_pixels": params.ingest.max_pixels}
+    dataset = ImageDataset(paths.DATA, "train", rows=load_subset(paths.SUBSETS, settings.subset), **reading)
+    validation = ImageDataset(paths.DATA, "val", **reading)
+    num_classes = len(manifest.classes)
+
+    torch.manual_seed(params.seed)  # before the model: the head starts equal in both cells
+    model = build_model(params, num_classes)
+    weights = paths.PRETRAIN / "model.safetensors" if stage.cell == "pretrained" else None
+    if weights is not None:
+        load_backbone(model, weights)
+
+    augmentation = Augmentation(params.model.image_size, settings.crop_scale, flip=settings.flip)
+    micro_batch = micro_batch_size(training, processes.world_size)
+
+    def batches(step: int) -> Iterator[Batch]:
+        return train_batches(
+            dataset,
+            augmentation,
+            batch_size=micro_batch,
+            global_batch=training.batch_size,
+            seed=params.seed,
+            start_step=step,
+            steps=training.steps,
+            rank=processes.rank,
+            world_size=processes.world_size,
+            accumulation=training.accumulation,
+            workers=params.loader.workers,
+        )
+
+    def images_of(batch: Batch) -> torch.Tensor:
+        return to_model_input(batch.images.to(processes.device), preprocessing.mean, preprocessing.std)
+
+    def loss(engine: Any, batch: Batch) -> torch.Tensor:
+        images, targets = mix(
+            images_of(batch),
+            batch.labels.to(processes.device),
+            num_classes,
+            mixup=settings.mixup,
+            cutmix=settings.cutmix,
+            label_smoothing=settings.label_smoothing,
+        )
+        return F.cross_entropy(engine(images).float(), targets)
+
+    def validate(engine: Any) -> Row:
+        loss_sum = correct = count = 0.0
+        for batch in eval_batches(
+            validation, preprocessing, micro_batch, rank=processes.rank, world_size=processes.world_size, pad=True
+        ):
+            real = batch.real.to(processes.device)
+            labels = batch.labels.to(processes.device)
+            logits = engine(images_of(batch)).float()
+            loss_sum += float(F.cross_entropy(logits, labels, reduction="none")[real].sum())
+            correct += float((logits.argmax(1) == labels)[real].sum())
+            count += float(real.sum())
+        loss_sum, correct, count = processes.sum([loss_sum, correct, count])
+        return {"val_loss": loss_sum / count, "val_top1": correct / count}
+
+    layer_decay = settings.layer_decay if weights is not None else 1.0
+    top = num_layer_ids(model.backbone) - 1
+    key = fingerprint(
+        {"model": params.model.model_dump(), "finetune": settings.model_dump(), "seed": params.seed},
+        {
+            "cell": stage.cell or "",
+            "data": manifest.digest,
+            "subsets": files.sha256_file(paths.SUBSETS / "subsets.json"),
+            "weights": files.sha256_file(weights) if weights else "",
+            "world": str(processes.world_size),
+        },
+        SOURCES,
+    )
+    checkpoints = Checkpoints(paths.scratch() / f"finetune-{stage.cell}" / key, processes)
+    job = Job(
+        name="finetune",
+        label=stage.label,
+        model=model,
+        settings=training,
+        seed=params.seed,
+        groups=group_parameters(
+            model,
+            training.weight_decay,
+            no_weight_decay,
+            lambda name: layer_decay ** (top - layer_id(name, model.backbone)),
+        ),
+        batches=batches,
+        loss=loss,
+        validate=validate,
+        initialized_from=str(weights or ""),
+        on_log=stage.run.log_metrics,
+        stop_requested=stage.stop_requested,
+    )
+    result = train(job, processes, checkpoints)
+
+    stage.device_hours = result.seconds * processes.world_size / 3600
+    if processes.is_main:
+        model = model.cpu().float()
+        model.load_state_dict(result.weights)
+        folder = paths.FINETUNE / str(stage.cell)
+        config = {
+            "task": "classification",
+            "backbone": {**params.model.model_dump(exclude={"backbone"}), "name": params.model.backbone},
+            "classes": manifest.classes,
+            "preprocessing": preprocessing.to_dict(),
+            "data_digest": manifest.digest,
+        }
+        save_classifier(folder, model, config)
+        curve_files(folder, result)
+        metrics = {
+            "val_top1": result.validation[-1]["val_top1"],
+            "val_loss": result.validation[-1]["val_loss"],
+            "train_loss": result.curves[-1]["train_loss"],
+            "images_seen": training.steps * training.batch_size,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        }
+        files.write_json(paths.METRICS / f"finetune-{stage.cell}.json", metrics)
+        print(f"{stage.label}: validation top-1 {metrics['val_top1']:.4f} after {training.steps} steps")
+    processes.barrier()
+    checkpoints.prune()
+
+
+def build_model(params: Params, num_classes: int) -> Classifier:
+    try:
+        backbone = models.create(
+            params.model.backbone,
+            image_size=params.model.image_size,
+            patch_size=params.model.patch_size,
+            window_size=params.model.window_size,
+            drop_path=params.finetune.drop_path,
+            activation_checkpointing=params.finetune.training.activation_checkpointing,
+        )
+    except ValueError as error:
+        raise ConfigError(f"params.yaml: `model`: {error}") from None
+    return Classifier(backbone, num_classes)
+
+
+def load_backbone(model: Classifier, path: Path) -> None:
+    """Copy the pretrained backbone; every one of its tensors must be there and fit."""
+    found = {name: value for name, value in load_file(path).items() if name.startswith(BACKBONE)}
+    wanted = {name: value for name, value in model.state_dict().items() if name.startswith(BACKBONE)}
+    wrong = sorted(
+        name for name in found.keys() | wanted.keys() if name not in found or name not in wanted or found[name].shape != wanted[name].shape
+    )
+    if wrong:
+        raise DataError(f"{path} does not fit the backbone of params.yaml: {', '.join(wrong[:5])}")
+    model.load_state_dict({**model.state_dict(), **found})
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_stage("finetune", run, argv, cells=CELLS)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

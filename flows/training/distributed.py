@@ -1,0 +1,143 @@
+"""Processes, devices and the DeepSpeed engine.
+
+One process needs nothing; several come from torchrun (`flows.launch`), whose environment variables are read here.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from flows.errors import ConfigError
+from flows.params import Training
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found nothing better
+
+import deepspeed  # noqa: E402  # reads the accelerator at import
+
+TIMEOUT = datetime.timedelta(minutes=10)
+BUCKET_MIN, BUCKET_MAX = 1_000_000, 200_000_000
+"""Elements of a communication buffer. DeepSpeed's default of 5e8 is 2 GB, also for a model of a million parameters."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that train together."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Element-wise sum over all processes, in double precision."""
+        if self.world_size == 1:
+            return values
+        # float64 is not available on every accelerator's collective; gloo on the CPU has it
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return [float(value) for value in tensor.tolist()]
+
+    def any(self, flag: bool) -> bool:
+        return self.sum([float(flag)])[0] > 0
+
+
+def initialize_processes(settings: Training) -> Processes:
+    """Join the process group (gloo on the CPU, nccl on GPUs) and set threads and device."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed would probe for compilers and build a C++ extension for low-latency inference reductions at the first
+    # use: 80 s, and an error without a compiler. Training uses none of its compiled operators.
+    deepspeed.ops.__compatible_ops__ = {}
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it, also for one process
+
+    rank = int(os.environ.get("RANK", "0"))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    use_cuda = torch.cuda.is_available()
+    if use_cuda:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = True
+    else:
+        device = torch.device("cpu")
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(settings.threads or max(1, len(os.sched_getaffinity(0)) // local))
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # it would write DeepSpeed's buffers every step
+    if not dist.is_initialized():
+        backend = "nccl" if use_cuda else "gloo"
+        if world_size == 1:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        else:
+            dist.init_process_group(backend, timeout=TIMEOUT)
+    deepspeed.init_distributed(dist_backend="nccl" if use_cuda else "gloo", verbose=False)
+    return Processes(rank, world_size, device)
+
+
+def resolve_precision(settings: Training) -> str:
+    if settings.precision != "auto":
+        return settings.precision
+    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+
+
+def micro_batch_size(settings: Training, world_size: int) -> int:
+    """Images per process and forward pass.
+
+    Raises:
+        ConfigError: batch_size is not divisible by processes x accumulation.
+    """
+    parts = world_size * settings.accumulation
+    if settings.batch_size % parts:
+        raise ConfigError(
+            f"batch_size {settings.batch_size} is not divisible by {world_size} processes x accumulation "
+            f"{settings.accumulation}"
+        )
+    return settings.batch_size // parts
+
+
+def deepspeed_config(settings: Training, world_size: int, parameters: int) -> dict[str, Any]:
+    """The one place where DeepSpeed's configuration is derived from params.yaml and the model's size."""
+    bucket = max(BUCKET_MIN, min(parameters, BUCKET_MAX))
+    return {
+        "train_batch_size": settings.batch_size,
+        "train_micro_batch_size_per_gpu": micro_batch_size(settings, world_size),
+        "gradient_accumulation_steps": settings.accumulation,
+        "gradient_clipping": settings.clip_grad,
+        "zero_optimization": {
+            "stage": settings.zero_stage,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+        },
+        "zero_allow_untested_optimizer": True,
+        # torch's AdamW also where DeepSpeed would like its own CPU Adam, which needs a C++ compiler
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": resolve_precision(settings) == "bf16"},
+        "steps_per_print": 2**31,
+    }
+
+
+def build_engine(
+    model: nn.Module, optimizer: torch.optim.Optimizer, settings: Training, processes: Processes
+) -> Any:
+    """DeepSpeed engine around `model` (moved to the device) and `optimizer`."""
+    engine, *_ = deepspeed.initialize(
+        model=model.to(processes.device),
+        optimizer=optimizer,
+        config=deepspeed_config(settings, processes.world_size, sum(p.numel() for p in model.parameters())),
+        dist_init_required=False,
+    )
+    return engine

@@ -1,0 +1,264 @@
+"""The training loop: fetch, forward, backward, step, log, save.
+
+Everything random in a step (drop path, masks, mixing) is seeded by (seed, step, process), and the data of a step are a
+pure function of the step, so a resumed run repeats an undisturbed one bit for bit (CPU, same number of processes).
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import nn
+
+from flows.errors import Diverged, Interrupted
+from flows.params import Training
+from flows.training.checkpoints import Checkpoints
+from flows.training.distributed import Processes, build_engine
+from flows.training.optimizer import ParameterGroup, build_adamw
+from flows.training.schedule import learning_rate
+
+Batch = TypeVar("Batch")
+Row = dict[str, float]
+
+
+@dataclass
+class Job(Generic[Batch]):
+    """What is trained: the small interface between a task and the loop.
+
+    `batches(step)` yields the micro-batches of this process from optimiser step `step` on, `accumulation` per step.
+    `loss(model, batch)` calls the model (DeepSpeed's engine) and returns a scalar.
+    `validate(model)` returns metrics; it is called on all processes, in eval mode and without gradients.
+    """
+
+    name: str  # section of params.yaml
+    model: nn.Module
+    settings: Training
+    seed: int
+    groups: list[ParameterGroup]
+    batches: Callable[[int], Iterator[Batch]]
+    loss: Callable[[Any, Batch], torch.Tensor]
+    validate: Callable[[Any], Row]
+    initialized_from: str = ""
+    """Where the model's weights come from; empty means random initialisation."""
+    continue_from: Path | None = None
+    """A checkpoint of another run whose weights, optimiser and step are taken over."""
+    label: str = ""  # shown in the log, default: the name
+    on_log: Callable[[Row, int], None] = lambda row, step: None
+    stop_requested: Callable[[], bool] = lambda: False
+
+
+@dataclass
+class Result:
+    weights: dict[str, torch.Tensor]
+    curves: list[Row]
+    validation: list[Row]
+    seconds: float
+    """Time in steps and validations, over all attempts."""
+    began: str
+
+
+@dataclass
+class _State:
+    """All that a resume needs beside what DeepSpeed keeps."""
+
+    step: int = 0
+    logged_step: int = 0
+    loss_sum: float = 0.0  # over the steps since `logged_step` and all processes
+    curves: list[Row] = field(default_factory=list)
+    validation: list[Row] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def train(job: Job[Any], processes: Processes, checkpoints: Checkpoints) -> Result:
+    """Train to `job.settings.steps` and return consolidated weights and curves.
+
+    Raises:
+        Diverged: the loss is not finite; the last checkpoint stays.
+        Interrupted: `job.stop_requested` became true; a checkpoint was written.
+    """
+    with checkpoints.hold():
+        return _train(job, processes, checkpoints)
+
+
+def _train(job: Job[Any], processes: Processes, checkpoints: Checkpoints) -> Result:
+    settings = job.settings
+    engine = build_engine(job.model, build_adamw(job.model, job.groups, settings), settings, processes)
+    state, began = _begin(job, engine, checkpoints, processes)
+    progress = Progress(job.label or job.name, settings.steps, processes.is_main)
+    progress.note(began)
+
+    batches = job.batches(state.step)
+    # the sum over processes was saved; it goes on in one of them
+    loss_sum = torch.tensor(state.loss_sum if processes.is_main else 0.0, device=processes.device)
+    total, stepping = Stopwatch(), Stopwatch()
+    spent_before = state.seconds
+    engine.train()
+    while state.step < settings.steps:
+        stepping.start()
+        step = state.step
+        for group, optimizer_group in zip(job.groups, engine.optimizer.param_groups, strict=True):
+            optimizer_group["lr"] = learning_rate(step, settings) * group.lr_scale
+
+        for micro_step in range(settings.accumulation):
+            batch = next(batches)
+            torch.manual_seed(_seed(job.seed, step, micro_step, processes.rank))
+            loss = job.loss(engine, batch)
+            engine.backward(loss)
+            engine.step()
+            loss_sum += loss.detach() / settings.accumulation
+        state.step += 1
+        is_last = state.step == settings.steps
+        stepping.stop()
+
+        if state.step % settings.log_every == 0 or is_last:
+            steps = state.step - state.logged_step
+            row = {
+                "step": state.step,
+                "train_loss": processes.sum([float(loss_sum)])[0] / processes.world_size / steps,
+                "lr": learning_rate(step, settings),
+                "grad_norm": _gradient_norm(engine),
+                "images_per_s": stepping.laps * settings.batch_size / max(stepping.reset(), 1e-9),
+                "memory_mb": peak_memory_mb(),
+            }
+            _check_finite(row["train_loss"], job, step)
+            state.curves.append(row)
+            state.logged_step = state.step
+            loss_sum.zero_()
+            progress.show(row)
+            job.on_log(row, state.step)
+
+        if state.step % settings.validate_every == 0 or is_last:
+            metrics = {"step": state.step, **_validate(job, engine)}
+            state.validation.append(metrics)
+            progress.show_validation(metrics)
+            job.on_log(metrics, state.step)
+
+        stop = processes.any(job.stop_requested()) and not is_last
+        if stop or is_last or state.step % settings.checkpoint_every == 0:
+            state.loss_sum = processes.sum([float(loss_sum)])[0]
+            _check_finite(state.loss_sum, job, step)
+            state.seconds = spent_before + total.elapsed()
+            path = checkpoints.save(engine, state.step, vars(state))
+        if stop:
+            progress.close()
+            raise Interrupted(f"stopped at step {state.step} of {settings.steps}; the same command continues there")
+
+    progress.close()
+    weights = checkpoints.consolidated(engine, path) if processes.is_main else {}
+    return Result(weights, state.curves, state.validation, state.seconds, began)
+
+
+def _begin(
+    job: Job[Any], engine: Any, checkpoints: Checkpoints, processes: Processes
+) -> tuple[_State, str]:
+    """The four ways to begin, in this order: resume, continue, initialise, scratch."""
+    own = checkpoints.complete()
+    if own:
+        state = _State(**checkpoints.load(engine, own[0]))
+        return state, f"resume: step {state.step} from {own[0]}"
+    if job.continue_from is not None:
+        state = _State(**Checkpoints(job.continue_from.parent, processes).load(engine, job.continue_from))
+        return state, f"continue: step {state.step} from {job.continue_from}"
+    if job.initialized_from:
+        return _State(), f"initialise: weights from {job.initialized_from}"
+    return _State(), "scratch: random weights"
+
+
+def _validate(job: Job[Any], engine: Any) -> Row:
+    engine.eval()
+    with torch.no_grad():
+        metrics = job.validate(engine)
+    engine.train()
+    return metrics
+
+
+def _check_finite(loss: float, job: Job[Any], step: int) -> None:
+    if not math.isfinite(loss):
+        raise Diverged(
+            f"the loss is {loss} at step {step}; lower {job.name}.training.lr, lengthen warmup_steps or use fp32"
+        )
+
+
+def _seed(seed: int, step: int, micro_step: int, rank: int) -> int:
+    """Distinct for all realistic arguments; a multiplication spreads it over the generator's 64 bits."""
+    return ((((seed << 20) + rank) << 32) + step * 1024 + micro_step) * 0x9E3779B97F4A7C15 % 2**63
+
+
+def _gradient_norm(engine: Any) -> float:
+    norm = engine.get_global_grad_norm()
+    return float(norm) if norm is not None else 0.0
+
+
+def peak_memory_mb() -> float:
+    """Peak memory of this process: device memory on a GPU, resident memory else."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+class Stopwatch:
+    """Seconds over the laps between `start` and `stop`."""
+
+    def __init__(self) -> None:
+        self.created = self.began = time.monotonic()
+        self.seconds, self.laps = 0.0, 0
+
+    def start(self) -> None:
+        self.began = time.monotonic()
+
+    def stop(self) -> None:
+        self.seconds += time.monotonic() - self.began
+        self.laps += 1
+
+    def reset(self) -> float:
+        seconds, self.seconds, self.laps = self.seconds, 0.0, 0
+        return seconds
+
+    def elapsed(self) -> float:
+        """Since creation."""
+        return time.monotonic() - self.created
+
+
+class Progress:
+    """One refreshed line on a terminal, plain lines elsewhere, silence on other processes."""
+
+    def __init__(self, name: str, steps: int, is_main: bool) -> None:
+        self.name, self.steps, self.enabled = name, steps, is_main
+        self.is_terminal = sys.stderr.isatty()
+        self.started, self.first_step = time.monotonic(), -1
+
+    def note(self, text: str) -> None:
+        if self.enabled:
+            print(f"{self.name}: {text}", file=sys.stderr, flush=True)
+
+    def show(self, row: Row) -> None:
+        step = int(row["step"])
+        if self.first_step < 0:
+            self.first_step, self.started = step, time.monotonic()
+        done = step - self.first_step
+        left = (time.monotonic() - self.started) / done * (self.steps - step) if done else 0.0
+        text = (
+            f"{self.name}: step {step}/{self.steps}  loss {row['train_loss']:.4f}  lr {row['lr']:.2e}  "
+            f"{row['images_per_s']:.0f} images/s" + (f"  {left:.0f} s left" if done and step < self.steps else "")
+        )
+        if self.enabled:
+            print("\r\033[K" + text if self.is_terminal else text, end="" if self.is_terminal else "\n", file=sys.stderr, flush=True)
+
+    def show_validation(self, metrics: Row) -> None:
+        values = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "step")
+        if self.enabled:
+            start = "\r\033[K" if self.is_terminal else ""
+            print(f"{start}{self.name}: step {int(metrics['step'])}/{self.steps}  {values}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self.enabled and self.is_terminal:
+            print(file=sys.stderr, flush=True)

@@ -1,0 +1,117 @@
+"""Which params a command means, and where it runs.
+
+Without overrides that is the clone itself. With a recipe, a data set or `--set`, the params are merged, checked and
+put into a workspace of their own, `.trunkline/workspaces/<name>/`: a copy of the code and dvc.yaml with its own
+params.yaml, dvc.lock and artifacts/, sharing the clone's DVC cache. So params.yaml never changes silently, results of
+two recipes stand side by side, and every run is a plain `dvc repro` in its folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from flows import files, params, paths
+from flows.data.sources import resolve
+from flows.errors import ConfigError
+from flows.params import Params
+
+CODE = ("flows", "models", "dvc.yaml", "constraints.txt", "recipes")
+
+
+@dataclass(frozen=True)
+class Workspace:
+    root: Path
+    params: Params
+    settings: tuple[str, ...]
+    """The overrides as flat `key=value`, usable with `dvc exp run -S`."""
+
+
+def prepare(dataset: str = "", recipe: str = "", settings: Sequence[str] = ()) -> Workspace:
+    """Merge params.yaml, then the data set's recipe, then `recipe`, then `settings`; make the folder if needed.
+
+    Raises:
+        ConfigError: an unknown recipe or key, an impossible value.
+        DataError: the data set cannot be found or fetched.
+    """
+    home = paths.home()
+    base = params.read(home / "params.yaml")
+    values = base
+    if dataset:
+        kind, source = resolve(dataset, home)
+        if (home / "recipes" / f"{kind}.yaml").is_file():
+            values = _apply_recipe(values, kind, home)
+        change = {"ingest": {"dataset": kind, "source": source}}
+        values = params.overlay(values, change, "data set")
+    if recipe:
+        values = _apply_recipe(values, recipe, home)
+    for setting in settings:
+        values = params.overlay(values, params.parse_setting(setting), f"--set {setting}")
+    checked = params.check(values, "params.yaml with overrides" if values != base else "params.yaml")
+    if values == base:
+        return Workspace(home, checked, ())
+    changed = {
+        key: value for key, value in params.flatten(values).items() if params.flatten(base).get(key) != value
+    }
+    root = paths.workspaces() / _name(changed, recipe or dataset, checked)
+    _populate(root, home, values)
+    return Workspace(root, checked, tuple(f"{key}={json.dumps(value)}" for key, value in changed.items()))
+
+
+def _apply_recipe(values: dict[str, Any], recipe: str, home: Path) -> dict[str, Any]:
+    known = {path.stem: path for path in sorted((home / "recipes").glob("*.yaml"))}
+    path = known.get(recipe) or Path(recipe)
+    if not path.is_file():
+        raise ConfigError(f"no recipe `{recipe}`; there are {', '.join(known) or 'none'}, or give a path to a YAML file")
+    return params.overlay(values, params.read(path), str(path))
+
+
+def _name(changed: dict[str, Any], hint: str, checked: Params) -> str:
+    digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:8]
+    stem = Path(hint).stem if hint else checked.ingest.dataset
+    return f"{re.sub(r'[^A-Za-z0-9_-]+', '-', stem).strip('-') or 'run'}-{digest}"
+
+
+def _populate(root: Path, home: Path, values: dict[str, Any]) -> None:
+    """Bring the code of the workspace up to date; outputs and dvc.lock stay."""
+    root.mkdir(parents=True, exist_ok=True)
+    for name in CODE:
+        _mirror(home / name, root / name)
+    _write_if_changed(root / "params.yaml", yaml.safe_dump(values, sort_keys=False).encode())
+    # its own DVC root without git; the same cache, so that equal stages are computed once
+    _write_if_changed(
+        root / ".dvc" / "config",
+        f"[core]\n    no_scm = true\n    analytics = false\n[cache]\n    dir = {home / '.dvc' / 'cache'}\n".encode(),
+    )
+    _write_if_changed(root / ".dvcignore", b"__pycache__\n")
+
+
+def _mirror(source: Path, target: Path) -> None:
+    if not source.is_dir():
+        _write_if_changed(target, source.read_bytes())
+        return
+    wanted = {
+        path.relative_to(source)
+        for path in source.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    for relative in wanted:
+        _write_if_changed(target / relative, (source / relative).read_bytes())
+    for path in sorted(target.rglob("*"), reverse=True):
+        if path.is_file() and "__pycache__" not in path.parts and path.relative_to(target) not in wanted:
+            path.unlink()
+        elif path.is_dir() and not any(path.iterdir()):
+            shutil.rmtree(path)
+
+
+def _write_if_changed(path: Path, data: bytes) -> None:
+    if not (path.is_file() and path.read_bytes() == data):
+        files.write_bytes(path, data)

@@ -1,0 +1,38 @@
+"""Shared fixtures. Tests run in the clone's root, write only below tmp_path and use loopback only."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows import environment, params
+
+ROOT = Path(__file__).resolve().parents[1]
+
+environment.prepare()
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """Root of the clone."""
+    return ROOT
+
+
+@pytest.fixture
+def raw_params() -> dict[str, Any]:
+    """params.yaml as a mapping that a test may change."""
+    return params.read(ROOT / "params.yaml")
+
+
+@pytest.fixture
+def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty current directory that is its own home: no store, scratch or cache of the clone is touched."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TRUNKLINE_HOME", str(tmp_path))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    yield tmp_path
+    os.chdir(ROOT)
