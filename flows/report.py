@@ -6,10 +6,8 @@ template `flows/templates/report.html.j2`. A section whose inputs are absent say
 
 from __future__ import annotations
 
-import base64
 import io
 import itertools
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,6 +20,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from flows import files, params, paths, plots, results
+from flows.markup import data_uri, format_number, format_size, inline_svg, percent, points
 
 if TYPE_CHECKING:
     from models.classification.metrics import Interval
@@ -31,7 +30,6 @@ WORST_MISTAKES = 24
 QUARANTINE_ROWS = 20
 CONFUSED_PAIRS = 8
 THUMBNAIL = 128  # pixels, long side
-INK_NAMES = ("ink", "muted", "grid", *(f"series-{index + 1}" for index in range(len(plots.SERIES))))
 
 
 @dataclass(frozen=True)
@@ -393,10 +391,6 @@ def _cost(receipts: Sequence[results.Receipt], extra: Mapping[str, Any]) -> dict
 # ------------------------------------------------------------------------------------------ pictures
 
 
-def data_uri(data: bytes, kind: str = "image/png") -> str:
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
-
-
 def _thumbnail(image: Image.Image, caption: str, note: str = "") -> Thumbnail:
     """The image at most THUMBNAIL pixels wide and high: PNG when tiny, else JPEG."""
     buffer = io.BytesIO()
@@ -413,60 +407,3 @@ def _inline_all(pictures: Mapping[str, bytes], name: str) -> list[Markup]:
         inline_svg(picture, f"{name}-{index}", f"{title} over optimiser steps ({name})")
         for index, (title, picture) in enumerate(pictures.items())
     ]
-
-
-def inline_svg(svg: bytes, name: str, label: str) -> Markup:
-    """An SVG document as an element of the page: own ids, the page's colours and fonts, a text alternative.
-
-    Args:
-        name: unique on the page; prefixes all ids, which would otherwise clash between pictures.
-        label: what a screen reader says.
-    """
-    text = svg.decode()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
-    text = re.sub(r'\bid="([^"]*)"', rf'id="{name}-\1"', text)
-    text = re.sub(r'href="#([^"]*)"', rf'href="#{name}-\1"', text)
-    text = re.sub(r"url\(#([^)]*)\)", rf"url(#{name}-\1)", text)
-    for colour, ink in zip(plots.COLOURS, INK_NAMES, strict=True):
-        text = text.replace(colour, f"var(--{ink})")
-    box = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text)
-    width = float(box[1]) * 4 / 3 if box else 640.0  # points to CSS pixels
-    # a wide picture scrolls on a small screen instead of shrinking until its text cannot be read
-    least = 0.75 * width if width > 560 else 0.0
-    opening = (
-        f'<svg role="img" aria-label="{Markup.escape(label)}" viewBox="{box[0][9:-1] if box else ""}" '
-        f'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-        f'style="width:100%;max-width:{width:.0f}px;min-width:{min(least, 640):.0f}px">'
-    )
-    return Markup(opening + text[text.index(">") + 1 :])
-
-
-# ------------------------------------------------------------------------------------------ words
-
-
-def percent(fraction: float) -> str:
-    """`97.8 %`."""
-    return f"{100 * fraction:.1f} %"
-
-
-def points(fraction: float) -> str:
-    """Percentage points with a sign: `+1.9`."""
-    return f"{100 * fraction:+.1f}".replace("-", "−")
-
-
-def format_number(value: Any) -> str:
-    """Up to four significant digits for floats, separators for integers, anything else as it is."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.4g}"
-
-
-def format_size(size: float) -> str:
-    """Bytes as kB, MB or GB, decimal."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= factor:
-            return f"{size / factor:.3g} {unit}"
-    return f"{size:.0f} B"

@@ -10,7 +10,7 @@ from pathlib import Path
 import fake_workspace
 import pytest
 
-from flows import files, paths, report, results
+from flows import files, markup, paths, report, results
 from flows.errors import DataError
 from models.classification.metrics import Interval
 
@@ -118,7 +118,7 @@ def test_every_picture_has_a_text_alternative(page: Page) -> None:
 def test_pictures_follow_the_theme(html: str) -> None:
     svgs = re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL)
     assert all("var(--ink)" in svg for svg in svgs)
-    for name in report.INK_NAMES:
+    for name in markup.INK_NAMES:
         assert f"--{name}:" in html
 
 
@@ -128,7 +128,7 @@ def test_headline_numbers_are_those_of_the_files(page: Page, finished_workspace:
         assert f"Top-1, {cell} {100 * metrics['top1']:.1f} %" in page.text
     gain = results.gain_of_pretraining(results.read_evaluations(finished_workspace))
     assert gain is not None
-    assert f"Gain of pretraining {report.points(gain.value)} points" in page.text
+    assert f"Gain of pretraining {markup.points(gain.value)} points" in page.text
     assert "5 of 5 pass" in page.text
     assert "3.5 × smaller than fp32 (4.65 MB); 1.42 × its speed at batch 32" in page.text
     assert "version 3" in page.text
@@ -266,4 +266,4 @@ def test_a_damaged_file_is_one_clear_error(copy: Path) -> None:
     ],
 )
 def test_numbers_read_naturally(value: object, text: str) -> None:
-    assert report.format_number(value) == text
+    assert markup.format_number(value) == text
