@@ -145,7 +145,7 @@ class _Panel:
 _PANELS = (
     _Panel("Loss", "loss", "train_loss", "val_loss"),
     _Panel("Validation accuracy", "top-1, %", "", "val_top1"),
-    _Panel("Learning rate", "peak over groups", "lr"),
+    _Panel("Learning rate", "of the top layer", "lr"),
     _Panel("Gradient norm", "before clipping", "grad_norm"),
     _Panel("Throughput", "images/s", "images_per_s"),
     _Panel("Memory", "MB", "memory_mb"),
@@ -175,7 +175,7 @@ def curve_panels(runs: Mapping[str, History], format: Format = "png") -> dict[st
     """The panels of `curves` as pictures of their own, by title; none if nothing was recorded."""
     pictures = {}
     for panel in _panels_of(runs):
-        figure = _figure(4.2, 2.75)
+        figure = _figure(3.7, 2.55)
         _draw_panel(figure.add_subplot(), panel, runs)
         pictures[panel.title] = _render(figure, format, panel.title)
     return pictures
@@ -196,7 +196,7 @@ def _draw_panel(axes: Any, panel: _Panel, runs: Mapping[str, History]) -> None:
     _plain_ticks(axes.xaxis)
     _plain_ticks(axes.yaxis)
     if panel.train in ("images_per_s", "memory_mb"):
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.12 * axes.get_ylim()[1])
     if (panel.train and panel.validation) or len(runs) > 1:
         _legend(axes)
 
@@ -305,12 +305,15 @@ def reliability(
         upper.set_xlim(0, 100)
         upper.set_ylim(0, 103)
         upper.tick_params(labelbottom=False)
-        _legend(upper, loc="upper left")
         lower = figure.add_subplot(grid[1, index], sharex=upper)
         _style(lower, "", "confidence, %", "images", grid="y")
         lower.bar(centres, [row.count for row in filled], widths, color=colour, alpha=0.45)
         lower.locator_params(axis="y", nbins=3)
         _plain_ticks(lower.yaxis)
+        if index == 0:
+            handles = upper.get_legend_handles_labels()[0]
+    look = {"frameon": False, "fontsize": 9, "labelcolor": INK}
+    figure.legend(handles=handles, loc="outside lower left", ncols=3, **look)
     return _render(figure, format, "reliability")
 
 
@@ -361,7 +364,7 @@ def latency(series: Sequence[Latency], format: Format = "png") -> bytes:
 
     figure = _figure(9.2, 3.4)
     left, right = figure.subplots(1, 2)
-    _style(left, "Time per call", "batch size, images", "ms (median; band to the 95th percentile)")
+    _style(left, "Time per call", "batch size, images", "ms: median, band to p95")
     _style(right, "Throughput", "batch size, images", "images/s")
     for index, line in enumerate(series):
         look = {"color": SERIES[index % len(SERIES)], "linewidth": 1.8, "marker": "o", "markersize": 4.5}

@@ -6,10 +6,8 @@ template `flows/templates/report.html.j2`. A section whose inputs are absent say
 
 from __future__ import annotations
 
-import base64
 import io
 import itertools
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,6 +20,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from flows import files, params, paths, plots, results
+from flows.markup import data_uri, format_number, format_size, inline_svg, percent, points
 
 if TYPE_CHECKING:
     from models.classification.metrics import Interval
@@ -31,7 +30,6 @@ WORST_MISTAKES = 24
 QUARANTINE_ROWS = 20
 CONFUSED_PAIRS = 8
 THUMBNAIL = 128  # pixels, long side
-INK_NAMES = ("ink", "muted", "grid", *(f"series-{index + 1}" for index in range(len(plots.SERIES))))
 
 
 @dataclass(frozen=True)
@@ -47,6 +45,7 @@ class Tile:
 @dataclass(frozen=True)
 class Thumbnail:
     uri: str
+    is_tiny: bool  # to be enlarged without smoothing
     caption: str
     note: str = ""
 
@@ -190,7 +189,7 @@ def _tiles(
         error = max(c["max_abs_error"] for c in parity.report["comparisons"] if c["variant"] == "fp32")
         tone = "good" if passed == len(checks) else "bad"
         note = f"largest fp32 logit error {error:.1e}"
-        tiles.append(Tile("Export parity", f"{passed} of {len(checks)} checks pass", note, tone))
+        tiles.append(Tile("Export parity", f"{passed} of {len(checks)} pass", note, tone))
     if export is not None and {"fp32", "int8"} <= export.size_bytes.keys():
         small, large = export.size_bytes["int8"], export.size_bytes["fp32"]
         note = f"{large / small:.1f} × smaller than fp32 ({format_size(large)})"
@@ -224,10 +223,7 @@ def _sample_images(workspace: Path, max_pixels: int) -> list[Thumbnail]:
     turns = itertools.zip_longest(*(rows for _, rows in sorted(by_class.items())))
     chosen = [row for turn in turns for row in turn if row is not None][:SAMPLE_IMAGES]
     classes = dataset.manifest.classes
-    return [
-        Thumbnail(_thumbnail(dataset.image(row)), classes[dataset.labels[row]] if classes else "")
-        for row in chosen
-    ]
+    return [_thumbnail(dataset.image(row), classes[dataset.labels[row]] if classes else "") for row in chosen]
 
 
 def _pretraining(workspace: Path) -> dict[str, Any] | None:
@@ -328,8 +324,8 @@ def _worst(
         workspace / paths.DATA, checked.evaluate.split, cache_mb=0, max_pixels=checked.ingest.max_pixels
     )
     return [
-        Thumbnail(
-            _thumbnail(dataset.image(mistake.row)),
+        _thumbnail(
+            dataset.image(mistake.row),
             f"{classes[mistake.label]} → {classes[mistake.predicted]}",
             f"{percent(mistake.confidence)} sure",
         )
@@ -395,19 +391,15 @@ def _cost(receipts: Sequence[results.Receipt], extra: Mapping[str, Any]) -> dict
 # ------------------------------------------------------------------------------------------ pictures
 
 
-def data_uri(data: bytes, kind: str = "image/png") -> str:
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def _thumbnail(image: Image.Image) -> str:
-    """A data URI of the image, at most THUMBNAIL pixels wide and high: PNG when tiny, else JPEG."""
+def _thumbnail(image: Image.Image, caption: str, note: str = "") -> Thumbnail:
+    """The image at most THUMBNAIL pixels wide and high: PNG when tiny, else JPEG."""
     buffer = io.BytesIO()
     if max(image.size) <= THUMBNAIL // 2:
         image.save(buffer, "PNG")
-        return data_uri(buffer.getvalue())
+        return Thumbnail(data_uri(buffer.getvalue()), True, caption, note)
     image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
     image.save(buffer, "JPEG", quality=85)
-    return data_uri(buffer.getvalue(), "image/jpeg")
+    return Thumbnail(data_uri(buffer.getvalue(), "image/jpeg"), False, caption, note)
 
 
 def _inline_all(pictures: Mapping[str, bytes], name: str) -> list[Markup]:
@@ -415,58 +407,3 @@ def _inline_all(pictures: Mapping[str, bytes], name: str) -> list[Markup]:
         inline_svg(picture, f"{name}-{index}", f"{title} over optimiser steps ({name})")
         for index, (title, picture) in enumerate(pictures.items())
     ]
-
-
-def inline_svg(svg: bytes, name: str, label: str) -> Markup:
-    """An SVG document as an element of the page: own ids, the page's colours and fonts, a text alternative.
-
-    Args:
-        name: unique on the page; prefixes all ids, which would otherwise clash between pictures.
-        label: what a screen reader says.
-    """
-    text = svg.decode()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
-    text = re.sub(r'\bid="([^"]*)"', rf'id="{name}-\1"', text)
-    text = re.sub(r'href="#([^"]*)"', rf'href="#{name}-\1"', text)
-    text = re.sub(r"url\(#([^)]*)\)", rf"url(#{name}-\1)", text)
-    for colour, ink in zip(plots.COLOURS, INK_NAMES, strict=True):
-        text = text.replace(colour, f"var(--{ink})")
-    box = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text)
-    width = float(box[1]) * 4 / 3 if box else 640.0  # points to CSS pixels
-    opening = (
-        f'<svg role="img" aria-label="{Markup.escape(label)}" viewBox="{box[0][9:-1] if box else ""}" '
-        f'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-        f'style="width:100%;max-width:{width:.0f}px;min-width:{min(width, 0.62 * width + 120):.0f}px">'
-    )
-    return Markup(opening + text[text.index(">") + 1 :])
-
-
-# ------------------------------------------------------------------------------------------ words
-
-
-def percent(fraction: float) -> str:
-    """`97.8 %`."""
-    return f"{100 * fraction:.1f} %"
-
-
-def points(fraction: float) -> str:
-    """Percentage points with a sign: `+1.9`."""
-    return f"{100 * fraction:+.1f}".replace("-", "−")
-
-
-def format_number(value: Any) -> str:
-    """Up to four significant digits for floats, separators for integers, anything else as it is."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:.3e}" if value and not 1e-3 <= abs(value) < 1e6 else f"{value:,.4g}"
-
-
-def format_size(size: float) -> str:
-    """Bytes as kB, MB or GB, decimal."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= factor:
-            return f"{size / factor:.3g} {unit}"
-    return f"{size:.0f} B"

@@ -1,4 +1,4 @@
-"""A seeded sample of a split, preprocessed as the server does: it calibrates int8 and is what parity compares."""
+"""A seeded sample of a split, preprocessed as the server does: for calibrating int8 and for parity."""
 
 from __future__ import annotations
 

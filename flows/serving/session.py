@@ -106,7 +106,7 @@ def available_threads() -> int:
     """Cores that this process may use: its CPU affinity, cut by the container's quota (rounded down, at least
     1)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores, math.floor(_cgroup_cores())))
+    return max(1, math.floor(min(cores, _cgroup_cores())))
 
 
 def _candidates() -> list[str]:

@@ -25,6 +25,7 @@ from flows import files, paths, plots
 from flows.classifiers import load_classifier
 from flows.errors import DataError, GateFailed, Interrupted
 from flows.params import Params, Parity
+from flows.samples import draw_samples
 from flows.serving.comparison import Check, Comparison, Logits, accuracy, compare, run_in_batches, worst
 from flows.serving.measure import Measurement, measure_eager, measure_variant
 from flows.serving.package import ModelPackage

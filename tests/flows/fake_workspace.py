@@ -8,6 +8,7 @@ export and parity are made up, in the format of their stages. To look at one wit
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import shutil
 import sys
@@ -27,7 +28,7 @@ from flows.data.shards import SplitWriter
 from flows.stages import evaluate
 
 ROOT = Path(__file__).resolve().parents[2]
-SPLITS = {"train": 240, "val": 60, "test": 120}
+SPLITS = {"train": 300, "val": 60, "test": 240}
 PLACEHOLDER = "0" * 64
 
 
@@ -40,7 +41,7 @@ def build(workspace: Path, *, labelled: bool = True, classes: Sequence[str] | No
     write_pretraining(workspace)
     stages = ["ingest", "scale", "pretrain"]
     if labelled:
-        for cell, share in (("pretrained", 1.0), ("scratch", 0.15)):
+        for cell, share in (("pretrained", 1.0), ("scratch", 0.12)):
             write_finetuning(workspace, cell)
             write_evaluation(workspace, cell, share)
         write_export_and_parity(workspace)
@@ -102,13 +103,15 @@ def write_subsets(workspace: Path) -> None:
         {
             "percentage": p,
             "file": f"train-{p:03d}.txt",
-            "count": 240 * p // 100,
+            "count": SPLITS["train"] * p // 100,
             "per_class": [],
             "sha256": PLACEHOLDER,
         }
         for p in (10, 20, 50, 100)
     ]
-    files.write_json(workspace / paths.SUBSETS / "subsets.json", {"seed": 0, "of": 240, "subsets": subsets})
+    files.write_json(
+        workspace / paths.SUBSETS / "subsets.json", {"seed": 0, "of": SPLITS["train"], "subsets": subsets}
+    )
 
 
 def write_pretraining(workspace: Path) -> None:
@@ -242,7 +245,7 @@ def write_receipts(workspace: Path, stages: Sequence[str]) -> None:
         seconds = durations.get(label.partition("@")[0], 21.0)
         receipt = {
             "stage": label,
-            "run_id": f"{abs(hash(label)):032x}"[:32],
+            "run_id": hashlib.md5(label.encode()).hexdigest(),
             "git": "4e6ab4c0ffee4e6ab4c0ffee4e6ab4c0ffee4e6a",
             "duration_s": seconds,
             "device_hours": round(seconds / 3600, 6),

@@ -20,7 +20,17 @@ def encode(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("mode", "kind"), [("L", "PNG"), ("1", "PNG"), ("P", "PNG"), ("LA", "PNG"), ("RGBA", "PNG"), ("CMYK", "JPEG"), ("RGB", "WEBP"), ("I;16", "PNG")]
+    ("mode", "kind"),
+    [
+        ("L", "PNG"),
+        ("1", "PNG"),
+        ("P", "PNG"),
+        ("LA", "PNG"),
+        ("RGBA", "PNG"),
+        ("CMYK", "JPEG"),
+        ("RGB", "WEBP"),
+        ("I;16", "PNG"),
+    ],
 )
 def test_every_mode_becomes_rgb(mode: str, kind: str) -> None:
     image = decode(encode(Image.new(mode, (5, 7)), kind), max_pixels=100)
@@ -51,7 +61,9 @@ def test_first_frame_of_an_animation() -> None:
     assert decode(data, max_pixels=10).getpixel((0, 0)) == (255, 0, 0)
 
 
-@pytest.mark.parametrize("data", [b"", b"hello", b"\x89PNG\r\n\x1a\n", encode(Image.new("RGB", (64, 64), "red"), "JPEG")[:-200]])
+@pytest.mark.parametrize(
+    "data", [b"", b"hello", b"\x89PNG\r\n\x1a\n", encode(Image.new("RGB", (64, 64), "red"), "JPEG")[:-200]]
+)
 def test_bad_bytes_are_refused(data: bytes) -> None:
     with pytest.raises(ImageError):
         decode(data, max_pixels=10_000)

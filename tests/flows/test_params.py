@@ -86,7 +86,11 @@ def test_flatten_is_the_inverse_of_nesting(raw_params: dict[str, Any]) -> None:
     assert flat["pretrain.training.lr"] == raw_params["pretrain"]["training"]["lr"]
     rebuilt = raw_params
     for key, value in flat.items():
-        rebuilt = overlay(rebuilt, parse_setting(f"{key}={yaml.safe_dump(value, default_flow_style=True).partition(chr(10))[0]}"), "test")
+        rebuilt = overlay(
+            rebuilt,
+            parse_setting(f"{key}={yaml.safe_dump(value, default_flow_style=True).partition(chr(10))[0]}"),
+            "test",
+        )
     assert flatten(rebuilt) == flat
 
 
