@@ -22,7 +22,9 @@ app.add_typer(serve_app, name="serve")
 
 @app.command()
 def run(
-    dataset: Annotated[str, typer.Option(help="digits, cifar10 or a folder of images; empty: as in params.yaml")] = "",
+    dataset: Annotated[
+        str, typer.Option(help="digits, cifar10 or a folder of images; empty: as in params.yaml")
+    ] = "",
     recipe: Annotated[str, typer.Option(help="name in recipes/ or path of an overlay of params.yaml")] = "",
     set_: Annotated[list[str], typer.Option("--set", help="key=value, may be repeated")] = [],  # noqa: B006
 ) -> None:
@@ -50,7 +52,9 @@ def workspace_checks(dataset: str, recipe: str, settings: list[str]) -> None:
 
 @serve_app.command("vision")
 def serve_vision(
-    model: Annotated[str, typer.Option(help="registered model; empty: the one of params.yaml's data set")] = "",
+    model: Annotated[
+        str, typer.Option(help="registered model; empty: the one of params.yaml's data set")
+    ] = "",
     alias: Annotated[str, typer.Option(help="which version: its alias")] = "champion",
     version: Annotated[str, typer.Option(help="which version: its number, instead of an alias")] = "",
     host: Annotated[str, typer.Option(help="address to listen on; empty: params.yaml")] = "",
@@ -60,8 +64,9 @@ def serve_vision(
     """Serve an image classifier over HTTP (Open Inference Protocol v2 and POST /v1/classify)."""
     from flows.serve import serve_registered
 
-    change = {"host": host, "port": port if port >= 0 else None, "variant": variant}
-    serve_registered(params.load(), model, alias, version, {key: value for key, value in change.items() if value not in ("", None)})
+    given = {"host": host, "port": port if port >= 0 else "", "variant": variant}
+    overrides = {key: value for key, value in given.items() if value != ""}
+    serve_registered(params.load(), model, alias, version, overrides)
 
 
 @app.command()

@@ -66,7 +66,9 @@ def read_graph(root: Path) -> list[StageInfo]:
     try:
         with Repo(str(root)) as repo:
             graph = repo.index.graph  # edges point from a stage to what it needs
-            order = networkx.lexicographical_topological_sort(graph.reverse(), key=lambda stage: stage.addressing)
+            order = networkx.lexicographical_topological_sort(
+                graph.reverse(), key=lambda stage: stage.addressing
+            )
             return [
                 StageInfo(
                     stage.name,
@@ -102,7 +104,11 @@ def run_stage(
     process = subprocess.Popen(
         [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", stage],
         cwd=root,
-        env={**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", **environment},
+        env={
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            **environment,
+        },
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -135,11 +141,15 @@ def _failure(stage: str, root: Path, code: int, lines: list[str]) -> StageFailed
     matches = [found for line in lines if (found := re.search(r"exited with (-?\d+)", line))]
     own = int(matches[-1].group(1)) if matches else code
     own_words = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    dvc_words = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")] if not matches else []
+    dvc_words = (
+        [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")] if not matches else []
+    )
     said = own_words[-1:] or dvc_words[:1]
     text = said[0] if said else "\n".join([f"{stage} failed:", *lines[-15:]])
     locked = any(mark in line for line in lines for mark in LOCKED)
-    repeat = "" if own == Interrupted.exit_code else f"\n  repeat: cd {root} && dvc repro --single-item {stage}"
+    repeat = (
+        "" if own == Interrupted.exit_code else f"\n  repeat: cd {root} && dvc repro --single-item {stage}"
+    )
     return StageFailed(text + repeat, own, locked or own in RETRYABLE_EXIT_CODES)
 
 

@@ -32,6 +32,8 @@ def main(argv: list[str] | None = None) -> int:
     except TrunklineError as error:
         print(f"error: {stage}: {error}", file=sys.stderr)
         return error.exit_code
+    # waiting threads that spin make a shared machine ten times slower; OpenMP reads this before torch is loaded
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     count = process_count(settings)
     torchrun = shlex.split(os.environ.get("TRUNKLINE_TORCHRUN", ""))
     if count == 1 and not torchrun:
@@ -46,8 +48,9 @@ def run_agent(torchrun: list[str], module: str, arguments: list[str]) -> int:
     from torch.distributed.launcher.api import elastic_launch
     from torch.distributed.run import config_from_args, parse_args
 
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun would warn; the stage sets torch's threads from params
-    os.environ["TRUNKLINE_LAUNCHER_PID"] = str(os.getpid())
+    os.environ.setdefault(
+        "OMP_NUM_THREADS", "1"
+    )  # torchrun would warn; the stage sets torch's threads from params
     config, command, command_arguments = config_from_args(
         parse_args(["--max-restarts", "0", *torchrun, "-m", module, *arguments])
     )

@@ -23,7 +23,8 @@ Positive = Annotated[int, Field(ge=1)]
 Percentage = Annotated[int, Field(ge=1, le=100)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 CropScale = Annotated[  # strict=False: YAML has lists, not tuples
-    tuple[Annotated[float, Field(gt=0.0, le=1.0)], Annotated[float, Field(gt=0.0, le=1.0)]], Field(strict=False)
+    tuple[Annotated[float, Field(gt=0.0, le=1.0)], Annotated[float, Field(gt=0.0, le=1.0)]],
+    Field(strict=False),
 ]
 Providers = Literal["auto"] | Annotated[list[str], Field(min_length=1)]
 
@@ -46,7 +47,9 @@ class Ingest(Section):
     @model_validator(mode="after")
     def _splits_leave_training_images(self) -> Self:
         if self.val_fraction + self.test_fraction >= 1.0:
-            raise ValueError("val_fraction + test_fraction must be below 1, so that images remain for training")
+            raise ValueError(
+                "val_fraction + test_fraction must be below 1, so that images remain for training"
+            )
         return self
 
 
@@ -112,7 +115,9 @@ class Training(Section):
             raise ValueError(f"min_lr and warmup_lr must not exceed lr {self.lr}")
         divisor = self.accumulation * (1 if self.processes == "auto" else self.processes)
         if self.batch_size % divisor:
-            raise ValueError(f"batch_size {self.batch_size} must be divisible by processes x accumulation = {divisor}")
+            raise ValueError(
+                f"batch_size {self.batch_size} must be divisible by processes x accumulation = {divisor}"
+            )
         return self
 
 
@@ -230,7 +235,9 @@ class Params(Section):
             )
         for name, subset in (("pretrain", self.pretrain.subset), ("finetune", self.finetune.subset)):
             if subset not in self.scale.percentages:
-                raise ValueError(f"{name}.subset {subset} is not among scale.percentages {self.scale.percentages}")
+                raise ValueError(
+                    f"{name}.subset {subset} is not among scale.percentages {self.scale.percentages}"
+                )
         return self
 
     def registered_model(self, dataset: str) -> str:
@@ -289,7 +296,9 @@ def _first_problem(error: ValidationError) -> str:
     return text + (f" (and {more} more problem{'s' if more > 1 else ''})" if more else "")
 
 
-def overlay(base: Mapping[str, Any], change: Mapping[str, Any], origin: str, prefix: str = "") -> dict[str, Any]:
+def overlay(
+    base: Mapping[str, Any], change: Mapping[str, Any], origin: str, prefix: str = ""
+) -> dict[str, Any]:
     """`base` with the leaves of `change` replaced; a key that `base` does not have is an error."""
     merged = dict(base)
     for key, value in change.items():

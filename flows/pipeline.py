@@ -54,7 +54,9 @@ def _can_retry(task: Any, run: Any, state: State[Any]) -> bool:
     retry_delay_seconds=[5, 60],
     retry_condition_fn=_can_retry,
 )
-def run_stage(stage: str, root: str, parameters: dict[str, Any], environment: dict[str, str]) -> dict[str, Any]:
+def run_stage(
+    stage: str, root: str, parameters: dict[str, Any], environment: dict[str, str]
+) -> dict[str, Any]:
     """One DVC stage; returns its status, duration and the receipt of the run that made its bytes."""
     logger = get_run_logger()
     started = time.monotonic()
@@ -78,7 +80,9 @@ def promote(params: Params, root: Path, version: Version) -> promotion.Decision:
     """Check the gates and move the champion alias if all pass."""
     decision = promotion.decide(params, root, version)
     if decision.gates:
-        create_table_artifact([asdict(gate) for gate in decision.gates], key="gates", description="Promotion gates")
+        create_table_artifact(
+            [asdict(gate) for gate in decision.gates], key="gates", description="Promotion gates"
+        )
     return decision
 
 
@@ -182,7 +186,9 @@ def _deliver(params: Params, root: Path, run: MlflowRun, outcomes: list[dict[str
         "run_id": run.run_id,
         "stages": outcomes,
         "executed": [outcome["stage"] for outcome in outcomes if outcome["status"] == "executed"],
-        "metrics": {path.stem: files.read_json(path) for path in sorted((root / paths.METRICS).glob("*.json"))},
+        "metrics": {
+            path.stem: files.read_json(path) for path in sorted((root / paths.METRICS).glob("*.json"))
+        },
     }
     extra = {
         "tracking_uri": summary["tracking_uri"],

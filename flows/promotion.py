@@ -54,7 +54,9 @@ def register_export(params: Params, root: Path, run: MlflowRun) -> Version:
             shutil.copytree(root / paths.EXPORT, folder)
             shutil.copy(root / paths.PARITY / "parity.json", folder)
             example = example_input(params, root, Preprocessing.from_dict(manifest["preprocessing"]))
-            version = tracking.register_folder(params, run, name, folder, example, version_tags(root, manifest))
+            version = tracking.register_folder(
+                params, run, name, folder, example, version_tags(root, manifest)
+            )
     if CHAMPION not in version.aliases:
         tracking.set_alias(params, name, CHALLENGER, version.version)
     return tracking.version_of(params, name, version.version)
@@ -62,7 +64,9 @@ def register_export(params: Params, root: Path, run: MlflowRun) -> Version:
 
 def example_input(params: Params, root: Path, preprocessing: Preprocessing) -> Any:
     """The first validation image as the network sees it, float32 (1, 3, S, S)."""
-    dataset = ImageDataset(root / paths.DATA, "val", rows=[0], cache_mb=0, max_pixels=params.ingest.max_pixels)
+    dataset = ImageDataset(
+        root / paths.DATA, "val", rows=[0], cache_mb=0, max_pixels=params.ingest.max_pixels
+    )
     return preprocess(dataset.image(0), preprocessing)[None]
 
 
@@ -103,7 +107,9 @@ def decide(params: Params, root: Path, version: Version) -> Decision:
     if champion is not None and champion.version == version.version:
         return Decision(version, (), False, champion)
     gates = check_gates(params, root, version, champion)
-    verdicts = {f"gate.{gate.name}": f"{'passed' if gate.passed else 'failed'}: {gate.reason}" for gate in gates}
+    verdicts = {
+        f"gate.{gate.name}": f"{'passed' if gate.passed else 'failed'}: {gate.reason}" for gate in gates
+    }
     tracking.tag_version(params, version, verdicts)
     if not all(gate.passed for gate in gates):
         return Decision(version, gates, False, champion)
@@ -121,7 +127,11 @@ def check_gates(params: Params, root: Path, version: Version, champion: Version 
     top1 = float(version.tags["metric.test_top1"])
     parity = files.read_json(root / paths.PARITY / "parity.json")
     gates = [
-        Gate("accuracy", top1 >= limits.min_test_top1, f"test top-1 {top1:.4f}, at least {limits.min_test_top1}"),
+        Gate(
+            "accuracy",
+            top1 >= limits.min_test_top1,
+            f"test top-1 {top1:.4f}, at least {limits.min_test_top1}",
+        ),
         Gate(
             "parity",
             bool(parity["passed"]) or not limits.require_parity,

@@ -53,7 +53,9 @@ def smoke_test(params: Params, root: Path, version: Version) -> SmokeResult:
         for position, line in enumerate(recorded):
             answer = client.post("/v1/classify", files={"file": ("image", dataset.encoded(position))})
             if answer.status_code != 200:
-                raise GateFailed(f"smoke test: {line['key']}: status {answer.status_code}: {answer.text[:200]}")
+                raise GateFailed(
+                    f"smoke test: {line['key']}: status {answer.status_code}: {answer.text[:200]}"
+                )
             _compare(answer.json(), line)
             correct += line["label"] == line["predicted"]
     return SmokeResult(len(recorded), correct, time.monotonic() - started)

@@ -71,7 +71,9 @@ def run_stage(
     cells: list[str] | None = None,
 ) -> int:
     """Run `body`, turn errors into one line and an exit code (see flows.errors), write the receipt on rank 0."""
-    parser = argparse.ArgumentParser(prog=f"python -m flows.stages.{name}", description=sys.modules[body.__module__].__doc__)
+    parser = argparse.ArgumentParser(
+        prog=f"python -m flows.stages.{name}", description=sys.modules[body.__module__].__doc__
+    )
     if cells:
         parser.add_argument("--cell", required=True, choices=cells)
     cell: str | None = getattr(parser.parse_args(argv), "cell", None)

@@ -129,7 +129,9 @@ def _client(uri: str) -> Any:
     except OSError:
         raise
     except Exception as error:
-        raise ResourceError(f"the MLflow store {uri} cannot be used: {' '.join(str(error).split())[:300]}") from error
+        raise ResourceError(
+            f"the MLflow store {uri} cannot be used: {' '.join(str(error).split())[:300]}"
+        ) from error
     return connected
 
 
@@ -285,7 +287,9 @@ class Version:
 
 
 def _version(found: Any) -> Version:
-    return Version(found.name, str(found.version), tuple(sorted(found.aliases)), dict(found.tags), found.source)
+    return Version(
+        found.name, str(found.version), tuple(sorted(found.aliases)), dict(found.tags), found.source
+    )
 
 
 def find_version(params: Params, name: str, digest: str) -> Version | None:
@@ -297,6 +301,19 @@ def find_version(params: Params, name: str, digest: str) -> Version | None:
 
 def version_of(params: Params, name: str, version: str) -> Version:
     return _version(client(params).get_model_version(name, version))
+
+
+def versions(params: Params, name: str) -> list[Version]:
+    """All versions of model `name`, oldest first; empty when there is no such model."""
+    found = client(params).search_model_versions(f"name = '{name}'")
+    numbers = sorted(int(version.version) for version in found)
+    return [
+        version_of(params, name, str(number)) for number in numbers
+    ]  # a search does not fill in the aliases
+
+
+def model_names(params: Params) -> list[str]:
+    return sorted(model.name for model in client(params).search_registered_models())
 
 
 def alias(params: Params, name: str, alias_name: str) -> Version | None:
@@ -378,10 +395,9 @@ def register_folder(
     return _version(created)
 
 
-def download_version(params: Params, version: Version, folder: Path) -> Path:
-    """Copy the registered folder of `version` to `folder` (which must not exist yet); returns it."""
+def download_version(params: Params, version: Version, folder: Path) -> None:
+    """Copy the registered folder of `version` into the existing `folder`."""
     import mlflow.artifacts
 
     client(params)
-    folder.mkdir(parents=True)
-    return Path(mlflow.artifacts.download_artifacts(version.source, dst_path=str(folder)))
+    mlflow.artifacts.download_artifacts(version.source, dst_path=str(folder))

@@ -26,7 +26,17 @@ def show(params: Params, prefect_port: int, mlflow_port: int) -> None:
         require_free(HOST, port)
     tracking.client(params)  # creates the store when nothing has run yet
     commands = {
-        "Prefect": [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(prefect_port)],
+        "Prefect": [
+            sys.executable,
+            "-m",
+            "prefect",
+            "server",
+            "start",
+            "--host",
+            HOST,
+            "--port",
+            str(prefect_port),
+        ],
         "MLflow": [
             *(sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(mlflow_port)),
             *("--backend-store-uri", tracking.tracking_uri(params)),
@@ -35,7 +45,11 @@ def show(params: Params, prefect_port: int, mlflow_port: int) -> None:
     environment = {**os.environ, "PREFECT_LOGGING_SERVER_LEVEL": "WARNING"}
     processes = {
         name: subprocess.Popen(
-            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+            command,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
         )
         for name, command in commands.items()
     }

@@ -70,7 +70,9 @@ def _apply_recipe(values: dict[str, Any], recipe: str, home: Path) -> dict[str, 
     known = {path.stem: path for path in sorted((home / "recipes").glob("*.yaml"))}
     path = known.get(recipe) or Path(recipe)
     if not path.is_file():
-        raise ConfigError(f"no recipe `{recipe}`; there are {', '.join(known) or 'none'}, or give a path to a YAML file")
+        raise ConfigError(
+            f"no recipe `{recipe}`; there are {', '.join(known) or 'none'}, or give a path to a YAML file"
+        )
     return params.overlay(values, params.read(path), str(path))
 
 

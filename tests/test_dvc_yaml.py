@@ -14,7 +14,8 @@ from flows import dvc_stage
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES: dict[str, Any] = {
-    name: entry.get("do", entry) for name, entry in yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"].items()
+    name: entry.get("do", entry)
+    for name, entry in yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"].items()
 }
 
 
@@ -77,7 +78,9 @@ def test_code_dependencies_exist_and_receipts_are_written(stage: str) -> None:
         if dependency.startswith(("flows", "models")):
             assert (ROOT / dependency).exists(), dependency
     assert any(str(out).startswith("artifacts/receipts/") for out in entry["outs"])
-    assert not any("receipts" in dependency for dependency in entry["deps"]), "a receipt changes with every execution"
+    assert not any("receipts" in dependency for dependency in entry["deps"]), (
+        "a receipt changes with every execution"
+    )
 
 
 def test_the_graph_has_every_stage_after_what_it_needs() -> None:

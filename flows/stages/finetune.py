@@ -57,7 +57,9 @@ def run(params: Params, stage: Stage) -> None:
     settings, training = params.finetune, params.finetune.training
     manifest = load_manifest(paths.DATA)
     if not manifest.classes:
-        raise DataError("the data set has no labels, so there is nothing to classify; it serves pretraining only")
+        raise DataError(
+            "the data set has no labels, so there is nothing to classify; it serves pretraining only"
+        )
     processes = initialize_processes(training)
     preprocessing = preprocessing_for(manifest, params.model)
     reading = {"cache_mb": params.loader.cache_mb, "max_pixels": params.ingest.max_pixels}
@@ -198,7 +200,9 @@ def load_backbone(model: Classifier, path: Path) -> None:
     found = {name: value for name, value in load_file(path).items() if name.startswith(BACKBONE)}
     wanted = {name: value for name, value in model.state_dict().items() if name.startswith(BACKBONE)}
     wrong = sorted(
-        name for name in found.keys() | wanted.keys() if name not in found or name not in wanted or found[name].shape != wanted[name].shape
+        name
+        for name in found.keys() | wanted.keys()
+        if name not in found or name not in wanted or found[name].shape != wanted[name].shape
     )
     if wrong:
         raise DataError(f"{path} does not fit the backbone of params.yaml: {', '.join(wrong[:5])}")

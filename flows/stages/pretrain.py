@@ -227,7 +227,9 @@ def draw_reconstructions(
     hidden = upsample_masks(masks, model.mask_unit)[:, None]
     masked = torch.where(hidden, torch.zeros_like(images), images)
     filled = torch.where(hidden, prediction, images)
-    return plots.reconstruction_grid(*(to_pixels(values, preprocessing) for values in (images, masked, filled)))
+    return plots.reconstruction_grid(
+        *(to_pixels(values, preprocessing) for values in (images, masked, filled))
+    )
 
 
 def _local_deviation(images: torch.Tensor, scaled: torch.Tensor) -> torch.Tensor:

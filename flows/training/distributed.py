@@ -80,7 +80,9 @@ def initialize_processes(settings: Training) -> Processes:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(settings.threads or max(1, len(os.sched_getaffinity(0)) // local))
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # it would write DeepSpeed's buffers every step
+        torch.utils.deterministic.fill_uninitialized_memory = (
+            False  # it would write DeepSpeed's buffers every step
+        )
     if not dist.is_initialized():
         backend = "nccl" if use_cuda else "gloo"
         if world_size == 1:

@@ -149,16 +149,16 @@ def _train(job: Job[Any], processes: Processes, checkpoints: Checkpoints) -> Res
             path = checkpoints.save(engine, state.step, vars(state))
         if stop:
             progress.close()
-            raise Interrupted(f"stopped at step {state.step} of {settings.steps}; the same command continues there")
+            raise Interrupted(
+                f"stopped at step {state.step} of {settings.steps}; the same command continues there"
+            )
 
     progress.close()
     weights = checkpoints.consolidated(engine, path) if processes.is_main else {}
     return Result(weights, state.curves, state.validation, state.seconds, began)
 
 
-def _begin(
-    job: Job[Any], engine: Any, checkpoints: Checkpoints, processes: Processes
-) -> tuple[_State, str]:
+def _begin(job: Job[Any], engine: Any, checkpoints: Checkpoints, processes: Processes) -> tuple[_State, str]:
     """The four ways to begin, in this order: resume, continue, initialise, scratch."""
     own = checkpoints.complete()
     if own:
@@ -248,16 +248,26 @@ class Progress:
         left = (time.monotonic() - self.started) / done * (self.steps - step) if done else 0.0
         text = (
             f"{self.name}: step {step}/{self.steps}  loss {row['train_loss']:.4f}  lr {row['lr']:.2e}  "
-            f"{row['images_per_s']:.0f} images/s" + (f"  {left:.0f} s left" if done and step < self.steps else "")
+            f"{row['images_per_s']:.0f} images/s"
+            + (f"  {left:.0f} s left" if done and step < self.steps else "")
         )
         if self.enabled:
-            print("\r\033[K" + text if self.is_terminal else text, end="" if self.is_terminal else "\n", file=sys.stderr, flush=True)
+            print(
+                "\r\033[K" + text if self.is_terminal else text,
+                end="" if self.is_terminal else "\n",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def show_validation(self, metrics: Row) -> None:
         values = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "step")
         if self.enabled:
             start = "\r\033[K" if self.is_terminal else ""
-            print(f"{start}{self.name}: step {int(metrics['step'])}/{self.steps}  {values}", file=sys.stderr, flush=True)
+            print(
+                f"{start}{self.name}: step {int(metrics['step'])}/{self.steps}  {values}",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def close(self) -> None:
         if self.enabled and self.is_terminal:

@@ -40,7 +40,11 @@ def build_adamw(model: nn.Module, groups: Iterable[ParameterGroup], settings: Tr
     parameters = dict(model.named_parameters())
     return torch.optim.AdamW(
         [
-            {"params": [parameters[name] for name in group.names], "weight_decay": group.weight_decay, "lr": 0.0}
+            {
+                "params": [parameters[name] for name in group.names],
+                "weight_decay": group.weight_decay,
+                "lr": 0.0,
+            }
             for group in groups
         ],
         betas=settings.betas,
