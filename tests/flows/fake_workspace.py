@@ -8,6 +8,7 @@ export and parity are made up, in the format of their stages. To look at one wit
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import shutil
 import sys
@@ -244,7 +245,7 @@ def write_receipts(workspace: Path, stages: Sequence[str]) -> None:
         seconds = durations.get(label.partition("@")[0], 21.0)
         receipt = {
             "stage": label,
-            "run_id": f"{abs(hash(label)):032x}"[:32],
+            "run_id": hashlib.md5(label.encode()).hexdigest(),
             "git": "4e6ab4c0ffee4e6ab4c0ffee4e6ab4c0ffee4e6a",
             "duration_s": seconds,
             "device_hours": round(seconds / 3600, 6),

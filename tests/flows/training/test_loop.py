@@ -109,7 +109,9 @@ def test_it_learns_and_resumes_bit_for_bit(stage: int, tmp_path: Path, raw_param
     resumed = run(tmp_path / "parts", settings)
     assert resumed.began.startswith("resume: step 17")
     assert same(whole, resumed)
-    losses = [[(row["step"], row["train_loss"], row["lr"]) for row in result.curves] for result in (whole, resumed)]
+    losses = [
+        [(row["step"], row["train_loss"], row["lr"]) for row in result.curves] for result in (whole, resumed)
+    ]
     for left, right in zip(*losses, strict=True):
         assert left == pytest.approx(right, abs=1e-6)
     assert [row["val_loss"] for row in whole.validation] == [row["val_loss"] for row in resumed.validation]
@@ -198,7 +200,10 @@ def test_two_trainings_of_the_same_run_exclude_each_other(
 def test_weight_decay_and_layer_factors_make_stable_groups() -> None:
     model = Net()
     groups = group_parameters(
-        model, 0.05, lambda name, parameter: parameter.ndim == 1, lambda name: 0.5 if name.startswith("first") else 1.0
+        model,
+        0.05,
+        lambda name, parameter: parameter.ndim == 1,
+        lambda name: 0.5 if name.startswith("first") else 1.0,
     )
     assert [(group.lr_scale, group.weight_decay, group.names) for group in groups] == [
         (0.5, 0.0, ("first.bias",)),

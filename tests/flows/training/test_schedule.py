@@ -12,7 +12,14 @@ from flows.training.schedule import learning_rate
 
 
 def settings(raw: dict[str, Any], **change: Any) -> Training:
-    values = {**raw["pretrain"]["training"], "steps": 100, "warmup_steps": 10, "lr": 1.0, "warmup_lr": 0.1, "min_lr": 0.2}
+    values = {
+        **raw["pretrain"]["training"],
+        "steps": 100,
+        "warmup_steps": 10,
+        "lr": 1.0,
+        "warmup_lr": 0.1,
+        "min_lr": 0.2,
+    }
     return Training.model_validate({**values, **change})
 
 
