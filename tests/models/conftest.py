@@ -3,9 +3,6 @@ layout."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import pytest
 import torch
 from torch import Tensor, nn
 from transformers import Swinv2Config
@@ -93,8 +90,3 @@ def peer_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
         else:
             result[name] = value
     return result
-
-
-@pytest.fixture
-def max_difference() -> Callable[[Tensor, Tensor], float]:
-    return lambda a, b: (a - b).abs().max().item()
