@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import psutil
+import yaml
 
 from flows import files, paths
 from flows.errors import RETRYABLE_EXIT_CODES, Interrupted, TrunklineError

@@ -6,6 +6,7 @@ already" is DVC's question. `python -m flows.cli run` starts it; a deployment ma
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -27,9 +28,22 @@ from prefect.task_runners import ThreadPoolTaskRunner  # noqa: E402
 
 from flows import dvc_stage, files, paths, promotion, smoke, tracking, workspace  # noqa: E402
 from flows.dvc_stage import StageFailed, StageInfo  # noqa: E402
+from flows.errors import TrunklineError  # noqa: E402
 from flows.params import Params, flatten  # noqa: E402
 from flows.report import build_report  # noqa: E402
 from flows.tracking import MlflowRun, Version  # noqa: E402
+
+class _NoTraceOfMistakes(logging.Filter):
+    """A user's mistake is one line; Prefect would log its stack trace several times."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.exc_info and isinstance(record.exc_info[1], TrunklineError):
+            record.exc_info = None
+        return True
+
+
+for _name in ("prefect.flow_runs", "prefect.task_runs"):
+    logging.getLogger(_name).addFilter(_NoTraceOfMistakes())
 
 LABELS_NEEDED = ("finetune", "evaluate", "export", "parity")
 _stopping = threading.Event()
@@ -142,10 +156,8 @@ def _run_stages(params: Params, root: Path, run: MlflowRun) -> list[dict[str, An
     futures: dict[str, PrefectFuture[Any]] = {}
     with ThreadPoolTaskRunner(max_workers=params.pipeline.parallel_stages) as runner:
         for info in dvc_stage.read_graph(root):
-            if info.family in LABELS_NEEDED:
-                [future.result() for future in futures.values() if "ingest" in futures]
-                if not _is_labelled(futures, root):
-                    continue
+            if info.family in LABELS_NEEDED and not _is_labelled(futures, root):
+                continue
             futures[info.name] = runner.submit(
                 run_stage.with_options(retries=params.pipeline.retries),
                 parameters={
