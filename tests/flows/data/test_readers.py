@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from flows import imaging
-from flows.data.readers import Source, open_source
+from flows.data.readers import open_source
+from flows.data.source_image import Source
 from flows.errors import DataError
 from flows.imaging import ImageError
 
