@@ -119,7 +119,7 @@ def encode_png(pixels: NDArray[np.uint8]) -> bytes:
     return buffer.getvalue()
 
 
-# ---------------------------------------------------------------------------------------------------- digits
+# ------------------------------------------------------------ digits
 
 
 def read_digits(path: Path, resources: ExitStack) -> Source:
@@ -143,7 +143,7 @@ def read_digits(path: Path, resources: ExitStack) -> Source:
     )
 
 
-# --------------------------------------------------------------------------------------------------- cifar10
+# ------------------------------------------------------------ cifar10
 
 CIFAR10_ARCHIVE = "cifar-10-binary.tar.gz"
 _CIFAR10_RECORD = 1 + 3 * 32 * 32  # label byte, then the red, green and blue planes
@@ -178,7 +178,7 @@ def _cifar10_zips(
     folder: Path, resources: ExitStack
 ) -> tuple[list[str], list[SourceImage], list[tuple[str, str]]]:
     try:
-        classes = (folder / "classes.txt").read_text().split()
+        classes = (folder / "classes.txt").read_text(errors="replace").split()
     except OSError:
         raise DataError(
             f"{folder} has train.zip but no readable classes.txt (one class name a line)"
@@ -251,7 +251,7 @@ def _cifar10_png(record: NDArray[np.uint8]) -> bytes:
     return encode_png(np.ascontiguousarray(record[1:].reshape(3, 32, 32).transpose(1, 2, 0)))
 
 
-# ---------------------------------------------------------------------------------------------------- folder
+# ------------------------------------------------------------ folder
 
 
 def read_folder(path: Path, resources: ExitStack) -> Source:
@@ -267,7 +267,10 @@ def read_folder(path: Path, resources: ExitStack) -> Source:
     if not path.is_dir():
         raise DataError(f"{path} {'is not a folder' if path.exists() else 'does not exist'}")
     rejected: list[tuple[str, str]] = []
-    parts = {split: _read_part(folder, path, rejected) for split, folder in _split_folders(path).items()}
+    folders = _split_folders(path)
+    if None not in folders:
+        rejected.extend((_shown(file, path), "lies beside the split folders") for file in _children(path)[1])
+    parts = {split: _read_part(folder, path, rejected) for split, folder in folders.items()}
     labelled = {split: None not in classes for split, classes in parts.items()}
     if len(set(labelled.values())) > 1:
         raise DataError(
@@ -283,17 +286,19 @@ def read_folder(path: Path, resources: ExitStack) -> Source:
                 "every split needs images of every class"
             )
     notes = []
+    labels: dict[str | None, int] = {}
     if len(class_names) == 1:
         notes.append(
-            f"all images lie in one folder, {class_names[0]}: taken as unlabelled, for pretraining only"
+            f"all images lie in one folder, {_names(class_names)}: taken as unlabelled, for pretraining only"
         )
-    use_labels = len(class_names) > 1
+    else:
+        labels.update((name, label) for label, name in enumerate(class_names))
     images = [
         SourceImage(
             _shown(file, path),
             file.stat().st_size,
             file.read_bytes,
-            class_names.index(name) if use_labels and name is not None else None,
+            labels.get(name),
             split,
         )
         for split, classes in parts.items()
@@ -305,7 +310,7 @@ def read_folder(path: Path, resources: ExitStack) -> Source:
         name=name,
         origin=f"folder {_printable(path.resolve().name)}",
         licence="not stated",
-        classes=[_printable(name) for name in class_names] if use_labels else [],
+        classes=[_printable(name) for name in class_names] if labels else [],
         images=images,
         rejected=sorted(rejected),
         notes=notes,
@@ -342,8 +347,9 @@ def _read_part(folder: Path, root: Path, rejected: list[tuple[str, str]]) -> dic
     folders, files = _children(folder)
     loose = _keep_images(files, root, rejected)
     by_class: dict[str | None, list[Path]] = {}
+    enclosing = frozenset({os.path.realpath(root), os.path.realpath(folder)})
     for child in folders:
-        by_class[child.name] = _keep_images(list(_walk(child, frozenset())), root, rejected)
+        by_class[child.name] = _keep_images(list(_walk(child, enclosing)), root, rejected)
     filled = [name for name, found in by_class.items() if found]
     if loose and filled:
         raise DataError(
