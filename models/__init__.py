@@ -1,14 +1,14 @@
 """Networks in plain PyTorch: backbones, pretext tasks and heads.
 
-``create`` makes a backbone by name. To add one, write a file in ``models/backbones/`` and a line in
-``BACKBONES``.
+``create`` makes a backbone by name, ``constant_position_bias`` readies it for export. To add one, write a
+file in ``models/backbones/`` and a line in ``BACKBONES``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from models.backbones.swin_v2 import SwinV2, SwinV2Size
+from models.backbones.swin_v2 import SwinV2, SwinV2Size, constant_position_bias
 from models.backbones.windows import WindowRule
 
 # Heads are embed_dim / 32 in the first stage and double from stage to stage for every published size. Of the
@@ -64,4 +64,4 @@ def create(
         raise ValueError(f"{name} cannot be built: {error}") from error
 
 
-__all__ = ["BACKBONES", "SwinV2", "create"]
+__all__ = ["BACKBONES", "SwinV2", "constant_position_bias", "create"]

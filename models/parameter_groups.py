@@ -49,8 +49,8 @@ def num_layer_ids(backbone: Layered) -> int:
 def layer_id(name: str, backbone: Layered) -> int:
     """Depth of a parameter for the layer-wise learning rate, whose factor is decay^(num_layer_ids − 1 − id).
 
-    The patch embedding and the mask token are 0, block k (over all stages) is k + 1, the merging after a stage
-    counts with the stage's last block, and everything else (final norm, head) is at the top.
+    Patch embedding and mask token are 0, block k (over all stages) is k + 1, the merging after a stage counts
+    with the stage's last block, and everything else (final norm, head) is at the top.
     """
     name = name[_WRAPPERS.match(name).end() :]  # type: ignore[union-attr]
     if _STEM.match(name):

@@ -1,10 +1,10 @@
 """A cache for position biases, which depend on weights alone and need computing only once in evaluation.
 
-The one invariant: a cached value is never returned for other weights than those it was computed from. Besides
-the explicit ``clear`` (on ``train()`` and ``load_state_dict``), every look-up compares the weights' storage
-and version counter. The cache keeps the old storage alive meanwhile, so that a recycled address cannot pass
-for it. Writing through ``weight.data`` in evaluation mode is the one change PyTorch does not count: call
-``train`` or ``eval`` after.
+The one invariant: a cached value is never returned for other weights than those it was computed from. Every
+look-up compares the weights' storage and version counter, which covers optimiser steps, ``load_state_dict``
+and moves; the cache keeps the old storage alive meanwhile, so that a recycled address cannot pass for it.
+Writing through ``weight.data`` is the one change PyTorch does not count: ``train()`` and ``eval()`` clear the
+cache.
 """
 
 from __future__ import annotations

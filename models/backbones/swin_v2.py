@@ -14,7 +14,8 @@ Shape legend: B batch, H×W tokens, C channels, h heads, d = C/h, M window side,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
 
@@ -162,6 +163,25 @@ class SwinV2(nn.Module):
                 for norm in (module.norm1, module.norm2):
                     nn.init.zeros_(norm.weight)
                     nn.init.zeros_(norm.bias)
+
+
+@contextmanager
+def constant_position_bias(model: nn.Module) -> Iterator[None]:
+    """Within this context the position biases inside ``model`` are constants of the present weights.
+
+    Wrap an export in it: the graph then holds the biases themselves and not the small networks that yield
+    them, which a quantiser would otherwise quantise.
+    """
+    stages = [module for module in model.modules() if isinstance(module, Stage)]
+    attentions = [(stage.windows, cast(Block, block).attn) for stage in stages for block in stage.blocks]
+    try:
+        with torch.no_grad():
+            for windows, attention in attentions:
+                attention.constant_bias = attention.compute_position_bias(windows)
+        yield
+    finally:
+        for _, attention in attentions:
+            attention.constant_bias = None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -319,8 +339,8 @@ def _check_geometry(
             )
     if len(pretrained_windows) != stages:
         raise ValueError(
-            f"pretrained_windows has {len(pretrained_windows)} entries, but this backbone has {stages} stages: "
-            "give one window per stage."
+            f"pretrained_windows has {len(pretrained_windows)} entries, but this backbone has {stages} "
+            "stages: give one window per stage."
         )
     if not 0.0 <= drop_path < 1.0:
         raise ValueError(f"drop_path is {drop_path}, but must lie in 0 <= x < 1.")

@@ -43,6 +43,8 @@ class WindowAttention(nn.Module):
         self.cpb_mlp = nn.Sequential(nn.Linear(2, 512), nn.ReLU(), nn.Linear(512, num_heads, bias=False))
         self.proj = nn.Linear(dim, dim)
         self._bias_cache = BiasCache()
+        self.constant_bias: Tensor | None  # set by constant_position_bias for the time of an export
+        self.register_buffer("constant_bias", None, persistent=False)
 
     def forward(self, x: Tensor, windows: WindowGeometry, shift_mask: Tensor | None) -> Tensor:
         """(B, H, W, C) → (B, H, W, C); ``shift_mask`` (nW, 1, N, N) marks a shifted block."""
@@ -88,13 +90,16 @@ class WindowAttention(nn.Module):
 
     def position_bias(self, windows: WindowGeometry) -> Tensor:
         """(h, N, N), at least fp32. It depends on weights alone, so evaluation computes it once."""
+        if self.constant_bias is not None:
+            return self.constant_bias
         weights = tuple(self.cpb_mlp.parameters())
         differentiable = torch.is_grad_enabled() and any(w.requires_grad for w in weights)
         if self.training or differentiable or torch.compiler.is_compiling():
-            return self._compute_position_bias(windows)
-        return self._bias_cache.get(weights, windows, lambda: self._compute_position_bias(windows))
+            return self.compute_position_bias(windows)
+        return self._bias_cache.get(weights, windows, lambda: self.compute_position_bias(windows))
 
-    def _compute_position_bias(self, windows: WindowGeometry) -> Tensor:
+    def compute_position_bias(self, windows: WindowGeometry) -> Tensor:
+        """As ``position_bias``, from the weights as they are now."""
         first, last = cast(nn.Linear, self.cpb_mlp[0]), cast(nn.Linear, self.cpb_mlp[2])
         exact = _at_least_fp32(first.weight.dtype)
         with _without_autocast(first.weight):
@@ -108,10 +113,6 @@ class WindowAttention(nn.Module):
     def train(self, mode: bool = True) -> WindowAttention:
         self._bias_cache.clear()
         return super().train(mode)
-
-    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
-        self._bias_cache.clear()
-        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[arg-type]
 
 
 def _inverse_norm(x: Tensor) -> Tensor:

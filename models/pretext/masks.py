@@ -23,8 +23,8 @@ def masked_count(units: int, ratio: float) -> int:
     count = math.ceil(round(ratio * units, 9))
     if not 0 < count < units:
         raise ValueError(
-            f"mask_ratio {ratio} hides {count} of {units} squares: choose a ratio or a mask_unit that hides some "
-            "and leaves some."
+            f"mask_ratio {ratio} hides {count} of {units} squares: choose a ratio or a mask_unit that hides "
+            "some and leaves some."
         )
     return count
 
