@@ -21,6 +21,7 @@ from flows import imaging
 from flows.data.augmentation import Augmentation
 from flows.data.dataset import ImageDataset
 from flows.data.manifest import Manifest
+from flows.errors import DataError
 from flows.imaging import Preprocessing
 from flows.params import Model
 
@@ -83,8 +84,12 @@ def train_batches(
     numbers = range(start_step * accumulation, (start_step + steps) * accumulation)
     if workers == 0:
         return (micro_batches[number] for number in numbers)
+    return _load_elsewhere(micro_batches, numbers, workers)
+
+
+def _load_elsewhere(micro_batches: _MicroBatches, numbers: range, workers: int) -> Iterator[Batch]:
     loader = DataLoader(
-        micro_batches,
+        _Answers(micro_batches),
         sampler=numbers,
         batch_size=None,  # an item is a whole batch
         num_workers=workers,
@@ -92,7 +97,10 @@ def train_batches(
         # else the loader would draw from the global generator, and the model's noise depend on `workers`
         generator=torch.Generator(),
     )
-    return iter(loader)
+    for answer in loader:
+        if isinstance(answer, DataError):
+            raise answer
+        yield answer
 
 
 @dataclass
@@ -133,8 +141,21 @@ def _generator(seed: int, stream: int, number: int) -> np.random.Generator:
     )
 
 
-def _unchanged(batch: Any) -> Any:
-    return batch
+@dataclass
+class _Answers(Dataset["Batch | DataError"]):
+    """Micro-batches, or a user's mistake as a value: raised in a worker it would arrive as a stack trace."""
+
+    micro_batches: _MicroBatches
+
+    def __getitem__(self, number: int) -> Batch | DataError:
+        try:
+            return self.micro_batches[number]
+        except DataError as error:
+            return error
+
+
+def _unchanged(answer: Any) -> Any:
+    return answer
 
 
 def _batch(

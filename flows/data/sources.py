@@ -1,4 +1,4 @@
-"""From the user's word for a data set (`make run DATASET=…`) to what ingest reads; downloads what can be fetched."""
+"""The user's word for a data set (`make run DATASET=…`) made what ingest reads; fetches what is missing."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ CIFAR10 = Download(
 def resolve(dataset: str, root: Path, *, cifar10: Download = CIFAR10) -> tuple[str, str]:
     """The values of ingest.dataset and ingest.source for `dataset`: digits, cifar10, or the path of a folder.
 
-    CIFAR-10 comes from `$TRUNKLINE_DATA/cifar10` (default: `../shared/data/cifar10` beside `root`, the clone) if that
-    exists, else from its official address. Paths are absolute.
+    CIFAR-10 comes from `$TRUNKLINE_DATA/cifar10` (default: `../shared/data/cifar10` beside the clone, `root`)
+    if that exists, else from its official address. Paths are absolute.
 
     Raises:
         DataError: no such folder, or CIFAR-10 can neither be found nor fetched.
@@ -63,7 +63,7 @@ def resolve(dataset: str, root: Path, *, cifar10: Download = CIFAR10) -> tuple[s
 
 
 def fetch(download: Download, path: Path) -> None:
-    """Make sure that `path` holds the file; a finished earlier download, or a file put there by hand, is kept.
+    """Make sure that `path` holds the file; an earlier download, or a file put there by hand, is kept.
 
     Raises:
         DataError: the address cannot be reached or answers with something else, or an existing file differs.
@@ -104,7 +104,7 @@ def _read(download: Download, by_hand: str) -> Iterator[bytes]:
     # only reading is guarded: a full disk, also an OSError, must not be blamed on the network
     try:
         response = urllib.request.urlopen(download.url, timeout=TIMEOUT_S)
-    except (OSError, http.client.HTTPException, ValueError) as error:
+    except (OSError, http.client.HTTPException) as error:
         raise _unreachable(download, error, by_hand) from None
     with response:
         while True:

@@ -31,6 +31,12 @@ WARM_UP_RUNS = 3
 MEGABYTE = 1e6
 
 
+Runner = Callable[[NDArray[np.float32]], object]
+"""Runs a network on float32 (n, 3, S, S)."""
+Opener = Callable[[], tuple[Runner, tuple[int, ...]]]
+"""Loads a network; also gives the shape (3, S, S) of its images."""
+
+
 @dataclass(frozen=True)
 class Measurement:
     """One row of latency.csv."""
@@ -86,15 +92,10 @@ def _measure(
     return [Measurement(provider=provider, variant=variant, **row) for row in rows]
 
 
-def time_runner(
-    open_runner: Callable[[], tuple[Callable[[NDArray[np.float32]], object], tuple[int, ...]]],
-    batch_sizes: list[int],
-    runs: int,
-) -> list[dict[str, float]]:
+def time_runner(open_runner: Opener, batch_sizes: list[int], runs: int) -> list[dict[str, float]]:
     """Load a network and time it in this process.
 
     Args:
-        open_runner: loads it; returns the function on float32 (n, 3, S, S) and the shape (3, S, S).
         batch_sizes: ascending.
         runs: timed calls per batch size.
     """
@@ -162,33 +163,33 @@ def main(argv: list[str] | None = None) -> int:
     threads = arguments.threads or available_threads()
 
     if arguments.model:
-        opener = _onnx_opener(arguments.model, arguments.provider, threads)
+        opener = onnx_opener(arguments.model, arguments.provider, threads)
     else:
-        opener = _eager_opener(arguments.classifier, threads)
+        opener = eager_opener(arguments.classifier, threads)
     reset_peak()
     print(json.dumps(time_runner(opener, sorted(arguments.batches), arguments.runs)))
     return 0
 
 
-Opener = Callable[[], tuple[Callable[[NDArray[np.float32]], object], tuple[int, ...]]]
+def onnx_opener(path: Path, provider: str, threads: int) -> Opener:
+    """Opens an ONNX file on one provider."""
 
-
-def _onnx_opener(path: Path, provider: str, threads: int) -> Opener:
-    def open_runner() -> tuple[Callable[[NDArray[np.float32]], object], tuple[int, ...]]:
+    def open_runner() -> tuple[Runner, tuple[int, ...]]:
         session = open_session(path, [provider], threads)
         return session.run, session.image_shape
 
     return open_runner
 
 
-def _eager_opener(folder: Path, threads: int) -> Opener:
+def eager_opener(folder: Path, threads: int) -> Opener:
+    """Opens a classifier with PyTorch on the CPU."""
     import torch  # only here: ONNX rows are measured in a process without PyTorch
 
     from flows.classifiers import load_classifier
 
     torch.set_num_threads(threads)
 
-    def open_runner() -> tuple[Callable[[NDArray[np.float32]], object], tuple[int, ...]]:
+    def open_runner() -> tuple[Runner, tuple[int, ...]]:
         model, config = load_classifier(folder)
         size = config.preprocessing.image_size
 

@@ -19,8 +19,9 @@ from flows.data import manifest as manifests
 from flows.data import progress
 from flows.data.inspection import Facts, inspect, mean_and_std
 from flows.data.manifest import Manifest
-from flows.data.readers import Source, SourceImage, open_source
+from flows.data.readers import open_source
 from flows.data.shards import SplitWriter
+from flows.data.source_image import Source, SourceImage
 from flows.data.splits import Candidate, assign_splits, count_duplicates, refuse_leaks
 from flows.errors import DataError, Interrupted
 from flows.params import Ingest, Params

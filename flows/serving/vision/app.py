@@ -34,7 +34,7 @@ from flows.serving.vision.protocol import RequestError
 from flows.serving.vision.uploads import extract_image, prepare_image, read_body
 
 TOP_K = 5
-MAX_IN_FLIGHT = 64  # requests with a body that are held at once; more get 503
+MAX_IN_FLIGHT = 32  # requests with a body that are held at once; more get 503
 T = TypeVar("T")
 
 

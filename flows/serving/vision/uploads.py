@@ -4,6 +4,7 @@ decoded."""
 from __future__ import annotations
 
 import asyncio
+import io
 from collections.abc import AsyncGenerator
 
 import numpy as np
@@ -17,7 +18,10 @@ from flows.imaging import ImageError, Preprocessing, decode, preprocess
 from flows.serving.vision.protocol import RequestError
 
 BODY_TIMEOUT_S = 30.0  # a client that sends slower than this holds memory for nothing
+DISCARDED_LIMITS = 4  # multiples of the limit that are read of an oversized body before the connection is cut
 MULTIPART_FIELDS = 8
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+"""What strangers may send. Pillow reads more, and hands some of it (PostScript) to other programs."""
 RAW_TYPES = ("image/", "application/octet-stream", "application/x-www-form-urlencoded")
 """Content types of a bare image; the last is what `curl --data-binary` says when it is told nothing."""
 
@@ -25,25 +29,37 @@ RAW_TYPES = ("image/", "application/octet-stream", "application/x-www-form-urlen
 async def read_body(request: Request, limit: int) -> bytes:
     """The whole body, at most `limit` bytes.
 
+    A larger one is not kept, but read on and thrown away for a while: an answer that is sent while the client
+    still sends is lost, because closing a connection with unread data resets it. Clients that asked first
+    (`Expect: 100-continue`, as curl does) are refused before they send anything.
+
     Raises:
         RequestError: 413 too large (announced or found while reading), 408 too slow, 400 a wrong
-        Content-Length.
+            Content-Length.
     """
-    announced = request.headers.get("content-length")
-    if announced is not None:
-        if not (announced.isascii() and announced.isdigit()):
-            raise RequestError(400, "Content-Length is not a number")
-        if int(announced) > limit:
-            raise _too_large(limit)
+    announced = request.headers.get("content-length", "0")
+    if not (announced.isascii() and announced.isdigit()):
+        raise RequestError(400, "Content-Length is not a number")
+    too_large = RequestError(413, f"the body is larger than the limit of {limit} bytes")
+    if int(announced) > limit and "expect" in request.headers:
+        raise too_large
     body = bytearray()
+    received = 0
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
             async for chunk in request.stream():
-                if len(body) + len(chunk) > limit:
-                    raise _too_large(limit)
-                body += chunk
+                received += len(chunk)
+                if received <= limit:
+                    body += chunk
+                elif received > DISCARDED_LIMITS * limit:
+                    break
+                else:
+                    body.clear()
     except TimeoutError:
-        raise RequestError(408, f"the body did not arrive within {BODY_TIMEOUT_S:g} s") from None
+        if received <= limit:
+            raise RequestError(408, f"the body did not arrive within {BODY_TIMEOUT_S:g} s") from None
+    if max(received, int(announced)) > limit:
+        raise too_large
     return bytes(body)
 
 
@@ -87,15 +103,25 @@ def prepare_image(data: bytes, preprocessing: Preprocessing, max_pixels: int) ->
         RequestError: 415 not an image, 422 truncated, empty, or larger than `max_pixels` (as sent or once
         resized).
     """
+    if data and not _has_known_format(data):
+        raise RequestError(415, f"not an image in a known format ({', '.join(FORMATS)})")
     try:
         image = decode(data, max_pixels=max_pixels)
     except ImageError as error:
-        unknown = isinstance(error.__cause__, UnidentifiedImageError)
-        raise RequestError(
-            415 if unknown else 422, "not an image in a known format" if unknown else str(error)
-        ) from None
+        raise RequestError(422, str(error)) from None
     _check_resized(image, preprocessing, max_pixels)
     return preprocess(image, preprocessing)
+
+
+def _has_known_format(data: bytes) -> bool:
+    """Whether the header is of one of `FORMATS`; nothing is decoded."""
+    try:
+        Image.open(io.BytesIO(data), formats=FORMATS).close()
+    except UnidentifiedImageError:
+        return False
+    except Exception:  # a known header with something wrong after it: decoding will say what
+        return True
+    return True
 
 
 def _check_resized(image: Image.Image, preprocessing: Preprocessing, max_pixels: int) -> None:
@@ -103,7 +129,3 @@ def _check_resized(image: Image.Image, preprocessing: Preprocessing, max_pixels:
     short, long = sorted(image.size)
     if preprocessing.resize_to * preprocessing.resize_to * long > max_pixels * short:
         raise RequestError(422, f"{image.width}x{image.height} pixels: the sides differ too much to resize")
-
-
-def _too_large(limit: int) -> RequestError:
-    return RequestError(413, f"the body is larger than the limit of {limit} bytes")

@@ -1,7 +1,7 @@
 """A workspace with real digits and a classifier that knows them, made in seconds.
 
-The backbone keeps random weights, with its norms switched on so that every block matters; only the linear head is
-fitted, by ridge regression on the features. That gives well separated logits without a training run.
+The backbone keeps random weights, with its norms switched on so that every block matters; only the linear
+head is fitted, by ridge regression on the features. That gives well separated logits without training.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import yaml
+from numpy.typing import NDArray
 from torch import nn
 
 import models
@@ -24,13 +26,34 @@ from flows.data import manifest as manifests
 from flows.data import preprocessing_for
 from flows.params import Params
 from flows.samples import draw_samples
+from flows.serving.package import ModelPackage
 from flows.stage import Stage
 from flows.stages import ingest
+from models.backbones.swin_v2 import SwinV2Size
 from models.classification import Classifier
 
 ROOT = Path(__file__).resolve().parents[3]
 IMAGE_SIZE = 16
-FITTED_IMAGES = 600
+BACKBONE = {"name": "swin_v2_test", "image_size": IMAGE_SIZE, "window_size": 4, "patch_size": 2}
+BLOCKS = 3
+models.BACKBONES["swin_v2_test"] = SwinV2Size(64, (2, 1), (2, 4))  # every kind of part, and quick to export
+FITTED_IMAGES = 1100
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A workspace after the export stage."""
+
+    root: Path
+    params: Params
+    images: NDArray[np.float32]  # preprocessed test images (n, 3, S, S)
+    labels: NDArray[np.int64]
+    encoded: list[bytes]  # the first test images as they came: PNG files of 8x8 digits
+    encoded_labels: list[int]
+
+    @property
+    def package(self) -> ModelPackage:
+        return ModelPackage.open(self.root / paths.EXPORT)
 
 
 @contextmanager
@@ -62,7 +85,8 @@ def make_workspace(folder: Path) -> Params:
         folder,
         {
             "model.image_size": IMAGE_SIZE,
-            "model.window_size": 2,
+            "model.window_size": 4,
+            "model.patch_size": 2,
             "export.int8_calibration_images": 64,
             "export.dynamic_batch_max": 64,
             "parity.samples": 100,
@@ -74,12 +98,11 @@ def make_workspace(folder: Path) -> Params:
         ingest.run(checked, Stage("ingest"))
         data = manifests.load(paths.DATA)
         preprocessing = preprocessing_for(data, checked.model)
-        backbone = {"name": "swin_v2_pico", "image_size": IMAGE_SIZE, "window_size": 2, "patch_size": 4}
         images, labels = draw_samples(
             paths.DATA, "train", FITTED_IMAGES, seed=0, preprocessing=preprocessing, max_pixels=10**6
         )
-        model = fitted_classifier(backbone, torch.from_numpy(images), labels)
-        config = ClassifierConfig(backbone, tuple(data.classes), preprocessing, data.digest)
+        model = fitted_classifier(BACKBONE, torch.from_numpy(images), labels)
+        config = ClassifierConfig(BACKBONE, tuple(data.classes), preprocessing, data.digest)
         save_classifier(paths.FINETUNE / "pretrained", model, config)
     return checked
 
