@@ -16,6 +16,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+"""What is decoded. Pillow knows more, some of it by starting other programs (EPS)."""
+
+
 class ImageError(ValueError):
     """The bytes are not an image that can be used; the message is a short reason."""
 
@@ -51,7 +55,7 @@ def decode(data: bytes, *, max_pixels: int) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data))
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
             width, height = image.size
             if width * height > max_pixels:
                 raise ImageError(f"{width}x{height} pixels, more than the limit of {max_pixels}")
@@ -77,15 +81,18 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> NDArray[np.uint8]:
-    """The geometry of `preprocess`: uint8 array of shape (image_size, image_size, 3)."""
-    size, crop = preprocessing.resize_to, preprocessing.image_size
+    """The geometry of `preprocess`: uint8 array of shape (image_size, image_size, 3).
+
+    The centre square is cut and scaled in one step, so that a thin strip never becomes a huge intermediate image.
+    """
+    size = preprocessing.image_size
     width, height = image.size
-    scale = size / min(width, height)
-    resized = (max(size, round(width * scale)), max(size, round(height * scale)))
-    if resized != image.size:
-        image = image.resize(resized, Image.Resampling.BICUBIC)
-    left, top = (resized[0] - crop) // 2, (resized[1] - crop) // 2
-    return np.asarray(image.crop((left, top, left + crop, top + crop)))
+    side = min(width, height) * size / preprocessing.resize_to  # of the centre square, in source pixels
+    if (width, height, side) == (size, size, size):
+        return np.asarray(image)
+    left, top = (width - side) / 2, (height - side) / 2
+    box = (left, top, left + side, top + side)
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
 
 
 def normalize(pixels: NDArray[np.uint8], preprocessing: Preprocessing) -> NDArray[np.float32]:

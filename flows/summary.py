@@ -49,8 +49,10 @@ def summary_lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _data(metrics: dict[str, Any]) -> str:
-    counts = " + ".join(f"{metrics['splits'][name]} {name}" for name in metrics["splits"])
-    return f"{metrics['name']}: {counts} images, {metrics['classes']} classes, {metrics['quarantined']} quarantined"
+    return (
+        f"{metrics['images']} images ({metrics['train']} train, {metrics['val']} val, {metrics['test']} test), "
+        f"{metrics['classes']} classes, {metrics['quarantined']} quarantined"
+    )
 
 
 def _stages(summary: dict[str, Any]) -> str:
@@ -76,9 +78,9 @@ def _accuracy(pretrained: dict[str, Any], scratch: dict[str, Any]) -> str:
 
 def _export(parity: dict[str, Any], export: dict[str, Any]) -> str:
     return (
-        f"fp32 within {parity['fp32']['max_abs_error']:.1e} of PyTorch, {parity['speed']['fp32_vs_pytorch']:.1f}x its speed; "
-        f"int8 agrees on {100 * parity['int8']['agreement']:.1f} %, {parity['speed']['int8_vs_fp32']:.1f}x the speed of fp32, "
-        f"{export['int8_size_ratio']:.2f} of its size"
+        f"fp32 within {parity['fp32_max_abs_error']:.1e} of PyTorch at {parity['speed_fp32_over_pytorch']:.1f}x its "
+        f"speed; int8 agrees on {100 * parity['int8_agreement']:.1f} % at {parity['speed_int8_over_fp32']:.1f}x the "
+        f"speed and {export['int8_size_ratio']:.2f}x the size of fp32"
     )
 
 
