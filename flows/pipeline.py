@@ -33,6 +33,7 @@ from flows.params import Params, flatten  # noqa: E402
 from flows.report import build_report  # noqa: E402
 from flows.tracking import MlflowRun, Version  # noqa: E402
 
+
 class _NoTraceOfMistakes(logging.Filter):
     """A user's mistake is one line; Prefect would log its stack trace several times."""
 
@@ -178,7 +179,13 @@ def _is_labelled(futures: dict[str, PrefectFuture[Any]], root: Path) -> bool:
 
 
 def _parameters_of(info: StageInfo, sections: dict[str, Any]) -> dict[str, Any]:
-    return flatten({name: sections[name] for name in info.sections})
+    """The values that DVC watches for this stage; dvc.yaml names sections or single keys."""
+    flat = flatten(sections)
+    return {
+        key: value
+        for key, value in flat.items()
+        if any(f"{key}.".startswith(f"{name}.") for name in info.sections)
+    }
 
 
 def _stop_children() -> None:
