@@ -138,8 +138,6 @@ def pipeline(dataset: str = "", recipe: str = "", settings: list[str] | None = N
         try:
             outcomes = _run_stages(params, root, run)
         except BaseException:
-            _stopping.set()
-            _stop_children()
             tracking.close_abandoned_runs(params, run.run_id)
             raise
         summary = _deliver(params, root, run, outcomes)
@@ -156,20 +154,26 @@ def _run_stages(params: Params, root: Path, run: MlflowRun) -> list[dict[str, An
     sections = params.model_dump()
     futures: dict[str, PrefectFuture[Any]] = {}
     with ThreadPoolTaskRunner(max_workers=params.pipeline.parallel_stages) as runner:
-        for info in dvc_stage.read_graph(root):
-            if info.family in LABELS_NEEDED and not _is_labelled(futures, root):
-                continue
-            futures[info.name] = runner.submit(
-                run_stage.with_options(retries=params.pipeline.retries),
-                parameters={
-                    "stage": info.name,
-                    "root": str(root),
-                    "parameters": _parameters_of(info, sections),
-                    "environment": variables,
-                },
-                wait_for=[futures[name] for name in info.needs],
-            )
-        return [future.result() for future in futures.values()]
+        try:
+            for info in dvc_stage.read_graph(root):
+                if info.family in LABELS_NEEDED and not _is_labelled(futures, root):
+                    continue
+                futures[info.name] = runner.submit(
+                    run_stage.with_options(retries=params.pipeline.retries),
+                    parameters={
+                        "stage": info.name,
+                        "root": str(root),
+                        "parameters": _parameters_of(info, sections),
+                        "environment": variables,
+                    },
+                    wait_for=[futures[name] for name in info.needs],
+                )
+            return [future.result() for future in futures.values()]
+        except BaseException:
+            # before the runner waits for its threads: a stage that ends now must not be tried again
+            _stopping.set()
+            _stop_children()
+            raise
 
 
 def _is_labelled(futures: dict[str, PrefectFuture[Any]], root: Path) -> bool:
