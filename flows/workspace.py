@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from flows.errors import ConfigError
 from flows.params import Params
 
 CODE = ("flows", "models", "dvc.yaml", "constraints.txt", "recipes")
+NAME_LETTERS = 40  # of the recipe or data set in a workspace's name
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,8 @@ def _apply_recipe(values: dict[str, Any], recipe: str, home: Path) -> dict[str, 
 def _name(changed: dict[str, Any], hint: str, checked: Params) -> str:
     digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:8]
     stem = Path(hint).stem if hint else checked.ingest.dataset
-    return f"{re.sub(r'[^A-Za-z0-9_-]+', '-', stem).strip('-') or 'run'}-{digest}"
+    plain = re.sub(r"[^A-Za-z0-9_-]+", "-", stem)[:NAME_LETTERS].strip("-")
+    return f"{plain or 'run'}-{digest}"
 
 
 def _populate(root: Path, home: Path, values: dict[str, Any]) -> None:
@@ -88,10 +91,12 @@ def _populate(root: Path, home: Path, values: dict[str, Any]) -> None:
     for name in CODE:
         _mirror(home / name, root / name)
     _write_if_changed(root / "params.yaml", yaml.safe_dump(values, sort_keys=False).encode())
-    # its own DVC root without git; the same cache, so that equal stages are computed once
+    # its own DVC root without git; the same cache, so that equal stages are computed once. The path is relative,
+    # because DVC's config would cut one with `#`, commas or quotes in the clone's name
+    cache = os.path.relpath(home / ".dvc" / "cache", root / ".dvc")
     _write_if_changed(
         root / ".dvc" / "config",
-        f"[core]\n    no_scm = true\n    analytics = false\n[cache]\n    dir = {home / '.dvc' / 'cache'}\n".encode(),
+        f"[core]\n    no_scm = true\n    analytics = false\n[cache]\n    dir = {cache}\n".encode(),
     )
     _write_if_changed(root / ".dvcignore", b"__pycache__\n")
 
