@@ -33,7 +33,9 @@ def run_seed(seed: int, dataset: str, recipe: str, settings: list[str]) -> dict[
     targets = [f"evaluate@{cell}" for cell in CELLS]
     command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", *targets]
     subprocess.run(command, cwd=place.root, env=variables, check=True)
-    found = {cell: files.read_json(place.root / paths.METRICS / f"evaluate-{cell}.json")["top1"] for cell in CELLS}
+    found = {
+        cell: files.read_json(place.root / paths.METRICS / f"evaluate-{cell}.json")["top1"] for cell in CELLS
+    }
     return {cell: 100 * float(value) for cell, value in found.items()}
 
 
@@ -51,7 +53,9 @@ def table(results: dict[int, dict[str, float]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dataset", default="digits")
     parser.add_argument("--recipe", default="")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -59,7 +63,8 @@ def main() -> None:
     arguments = parser.parse_args()
     environment.prepare()
     results = {
-        seed: run_seed(seed, arguments.dataset, arguments.recipe, arguments.settings) for seed in arguments.seeds
+        seed: run_seed(seed, arguments.dataset, arguments.recipe, arguments.settings)
+        for seed in arguments.seeds
     }
     title = f"Test top-1 (%) on {arguments.dataset}, {platform.machine()}, {os.cpu_count()} cores"
     command = f"python -m benchmarks.pretraining_gain {' '.join(sys.argv[1:])}"

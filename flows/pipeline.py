@@ -33,6 +33,7 @@ from flows.params import Params, flatten  # noqa: E402
 from flows.report import build_report  # noqa: E402
 from flows.tracking import MlflowRun, Version  # noqa: E402
 
+
 class _NoTraceOfMistakes(logging.Filter):
     """A user's mistake is one line; Prefect would log its stack trace several times."""
 
