@@ -1,9 +1,10 @@
-"""What pretraining is worth: test accuracy from the pretrained backbone against from scratch, over several seeds.
+"""What pretraining is worth: test accuracy, pretrained against from scratch, over several seeds.
 
     python -m benchmarks.pretraining_gain --dataset cifar10 --seeds 0 1 2 [--recipe NAME] [--set key=value]
 
-Each seed is the pipeline itself (`dvc repro evaluate`) in a workspace of its own: pretraining, both finetunings and
-the evaluation all use that seed; data and splits stay the same. Prints and writes benchmarks/results/<name>.md.
+Each seed is the pipeline itself (`dvc repro evaluate`) in a workspace of its own: pretraining, both
+finetunings and the evaluation all use that seed; data and splits stay the same. Prints and writes
+benchmarks/results/<name>.md.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from flows import environment, params, paths
-from flows.errors import Interrupted, TrunklineError, explain_os_error
+from flows.errors import ConfigError, Interrupted, TrunklineError, explain_os_error
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 serve_app = typer.Typer(no_args_is_help=True, help="Serve a registered model.")
@@ -47,7 +47,7 @@ def workspace_checks(dataset: str, recipe: str, settings: list[str]) -> None:
     place = workspace.prepare(dataset, recipe, settings)
     source = Path(place.params.ingest.source)
     if not (source if source.is_absolute() else place.root / source).exists():
-        raise params.ConfigError(f"`ingest.source`: {source} does not exist")
+        raise ConfigError(f"`ingest.source`: {source} does not exist")
 
 
 @serve_app.command("vision")

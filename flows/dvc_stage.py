@@ -1,7 +1,7 @@
 """Run one DVC stage as a child process: stream its output, classify its exit code, read its receipt.
 
-The order and names come from dvc.yaml through DVC's own index; execution goes through DVC's command line, because the
-Python API keeps process-wide state.
+The order and names come from dvc.yaml through DVC's own index; execution goes through DVC's command line,
+because the Python API keeps process-wide state.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import psutil
-import yaml
 
 from flows import files, paths
 from flows.errors import RETRYABLE_EXIT_CODES, Interrupted, TrunklineError
@@ -94,7 +93,7 @@ def run_stage(
     environment: dict[str, str],
     on_line: Callable[[str], None],
 ) -> tuple[Status, dict[str, Any]]:
-    """`dvc repro --single-item STAGE` in `root`; returns what DVC did and the receipt of the run that made the bytes.
+    """`dvc repro --single-item STAGE` in `root`: what DVC did and the receipt of the run that made the bytes.
 
     Raises:
         StageFailed: with the stage's own exit code, its error line and the command that repeats it.
@@ -155,7 +154,7 @@ def _failure(stage: str, root: Path, code: int, lines: list[str]) -> StageFailed
 
 
 def terminate_tree(pid: int, patience_s: float = TERMINATE_S) -> None:
-    """SIGTERM to all descendants, leaves first, so that training saves a checkpoint; SIGKILL to what is left."""
+    """SIGTERM to all descendants, leaves first, so that training saves a checkpoint; SIGKILL to the rest."""
     try:
         root = psutil.Process(pid)
         family = [*reversed(root.children(recursive=True)), root]

@@ -53,14 +53,16 @@ class Interrupted(TrunklineError):
 
 
 RETRYABLE_EXIT_CODES = frozenset({-9, 137, 75})
-"""Killed from outside or interrupted: starting the stage again can help. Everything else fails the same way twice."""
+"""Killed or interrupted from outside: the same command again can help. All else fails the same way again."""
 
 
 def explain_os_error(error: OSError) -> ResourceError | None:
     """One clear sentence for the operating-system errors that users meet; None for all others."""
     where = f": {error.filename}" if error.filename else ""
     reasons = {
-        errno.ENOSPC: "the disk is full; free some space and run the same command again, nothing finished is lost",
+        errno.ENOSPC: (
+            "the disk is full; free some space and run the same command again, nothing finished is lost"
+        ),
         errno.EDQUOT: "the disk quota is used up; free some space and run the same command again",
         errno.EACCES: "permission denied",
         errno.EROFS: "the file system is read-only",

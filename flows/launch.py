@@ -1,8 +1,8 @@
-"""Start a training stage on as many processes as params.yaml says: `python -m flows.launch pretrain [arguments]`.
+"""Start a training stage on as many processes as params.yaml says: `python -m flows.launch pretrain …`.
 
-One process runs directly; several go through torchrun's agent. On several machines give torchrun's usual arguments in
-`TRUNKLINE_TORCHRUN` (for example "--nnodes 2 --node-rank 0 --nproc-per-node 8 --master-addr HOST --master-port 29500")
-and start the same command on each. The exit code is that of the first process that failed.
+One process runs directly; several go through torchrun's agent. On several machines give torchrun's usual
+arguments in `TRUNKLINE_TORCHRUN` (for example "--nnodes 2 --node-rank 0 --nproc-per-node 8 --master-addr HOST
+--master-port 29500") and start the same command on each. The exit code is the first failed process's.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     except TrunklineError as error:
         print(f"error: {stage}: {error}", file=sys.stderr)
         return error.exit_code
-    # waiting threads that spin make a shared machine ten times slower; OpenMP reads this before torch is loaded
+    # waiting threads that spin make a shared machine ten times slower; OpenMP reads this when torch is loaded
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     count = process_count(settings)
     torchrun = shlex.split(os.environ.get("TRUNKLINE_TORCHRUN", ""))
@@ -42,18 +42,18 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_agent(torchrun: list[str], module: str, arguments: list[str]) -> int:
-    """torchrun's agent in this process, so that its exceptions become an exit code instead of a stack trace."""
+    """torchrun's agent in this process, so that its exceptions become an exit code, not a stack trace."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
     from torch.distributed.run import config_from_args, parse_args
 
-    os.environ.setdefault(
-        "OMP_NUM_THREADS", "1"
-    )  # torchrun would warn; the stage sets torch's threads from params
-    config, command, command_arguments = config_from_args(
-        parse_args(["--max-restarts", "0", *torchrun, "-m", module, *arguments])
+    # torchrun would warn; the stage sets torch's threads from params
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    parsed = parse_args(  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        ["--max-restarts", "0", *torchrun, "-m", module, *arguments]
     )
+    config, command, command_arguments = config_from_args(parsed)
     try:
         elastic_launch(config=config, entrypoint=command)(*command_arguments)
     except ChildFailedError as error:

@@ -1,7 +1,8 @@
 """The flow: DVC's stages one task each, then registration, promotion, smoke test and report.
 
-Prefect decides when, retries and shows; DVC decides what has to run. Tasks never cache results: "is this computed
-already" is DVC's question. `python -m flows.cli run` starts it; a deployment may call `pipeline` with the same arguments.
+Prefect decides when, retries and shows; DVC decides what has to run. Tasks never cache results: "is this
+computed already" is DVC's question. `python -m flows.cli run` starts it; a deployment may call `pipeline`
+with the same arguments.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ environment.prepare()
 from prefect import flow, get_run_logger, task  # noqa: E402  # Prefect reads its settings at import
 from prefect.artifacts import create_markdown_artifact, create_table_artifact  # noqa: E402
 from prefect.cache_policies import NO_CACHE  # noqa: E402
+from prefect.client.schemas import State  # noqa: E402
 from prefect.context import FlowRunContext  # noqa: E402
 from prefect.futures import PrefectFuture  # noqa: E402
-from prefect.states import State  # noqa: E402
 from prefect.task_runners import ThreadPoolTaskRunner  # noqa: E402
 
 from flows import dvc_stage, files, paths, promotion, smoke, tracking, workspace  # noqa: E402
@@ -51,7 +52,7 @@ _stopping = threading.Event()
 
 
 def _can_retry(task: Any, run: Any, state: State[Any]) -> bool:
-    """Only lost processes and locks; a failed gate, a bad parameter or a diverged loss fails the same way again."""
+    """Only lost processes and locks; a failed gate, a bad parameter or a diverged loss fails again."""
     try:
         state.result()
     except StageFailed as error:
@@ -155,7 +156,8 @@ def _run_stages(params: Params, root: Path, run: MlflowRun) -> list[dict[str, An
     variables["MLFLOW_TRACKING_URI"] = tracking.tracking_uri(params)
     sections = params.model_dump()
     futures: dict[str, PrefectFuture[Any]] = {}
-    with ThreadPoolTaskRunner(max_workers=params.pipeline.parallel_stages) as runner:
+    runner: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=params.pipeline.parallel_stages)
+    with runner:
         for info in dvc_stage.read_graph(root):
             if info.family in LABELS_NEEDED and not _is_labelled(futures, root):
                 continue
@@ -192,7 +194,7 @@ def _stop_children() -> None:
 
 
 def _deliver(params: Params, root: Path, run: MlflowRun, outcomes: list[dict[str, Any]]) -> dict[str, Any]:
-    """Everything with an effect outside the workspace, in order; the report last, because it tells of the rest."""
+    """Everything with an effect outside the workspace; the report last, because it tells of the rest."""
     summary: dict[str, Any] = {
         "workspace": str(root),
         "tracking_uri": tracking.tracking_uri(params),

@@ -1,7 +1,7 @@
 """From an exported folder to a registered version, and from `challenger` to `champion`.
 
-Effects outside the workspace live here and in other flows, never in DVC stages. The gates are absolute limits from
-params.yaml plus the comparison with the present champion.
+Effects outside the workspace live here and in other flows, never in DVC stages. The gates are absolute limits
+from params.yaml plus the comparison with the present champion.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Decision:
 
 
 def register_export(params: Params, root: Path, run: MlflowRun) -> Version:
-    """Register `root`/artifacts/export as challenger; an export that is registered already is found by its digest."""
+    """Register `root`/artifacts/export as challenger; one registered already is found by its digest."""
     manifest = files.read_json(root / paths.EXPORT / "manifest.json")
     name = params.registered_model(files.read_json(root / paths.DATA / "manifest.json")["name"])
     digest = manifest["variants"]["fp32"]["digest"]
@@ -101,7 +101,8 @@ def locked_md5(root: Path, stage: str, output: Path) -> str:
 def decide(params: Params, root: Path, version: Version) -> Decision:
     """Check the gates and, if all pass, make `version` the champion; the old champion becomes `previous`.
 
-    A failed gate changes no alias. Every gate leaves the tag `gate.<name> = passed|failed: reason` on the version.
+    A failed gate changes no alias. Every gate leaves a tag on the version:
+    `gate.<name> = passed|failed: reason`.
     """
     champion = tracking.alias(params, version.name, CHAMPION)
     if champion is not None and champion.version == version.version:
@@ -152,7 +153,8 @@ def check_gates(params: Params, root: Path, version: Version, champion: Version 
             Gate(
                 "champion",
                 gain > limits.min_gain,
-                f"gain {gain:+.4f} over version {champion.version} ({best:.4f}), more than {limits.min_gain} needed",
+                f"gain {gain:+.4f} over version {champion.version} ({best:.4f}), "
+                f"more than {limits.min_gain} needed",
             )
         )
     return tuple(gates)

@@ -70,7 +70,7 @@ def run_stage(
     argv: list[str] | None = None,
     cells: list[str] | None = None,
 ) -> int:
-    """Run `body`, turn errors into one line and an exit code (see flows.errors), write the receipt on rank 0."""
+    """Run `body`, turn errors into a line and an exit code (flows.errors), write the receipt on rank 0."""
     parser = argparse.ArgumentParser(
         prog=f"python -m flows.stages.{name}", description=sys.modules[body.__module__].__doc__
     )
@@ -120,8 +120,8 @@ def _write_receipt(stage: Stage, duration_s: float) -> None:
 def _watch_signals(stage: Stage) -> None:
     """Ask the stage to stop on SIGINT/SIGTERM (a second signal ends it at once) and when its parent dies.
 
-    The parent check covers what a process group cannot: a killed DVC or flow would leave the stage running as an
-    orphan beside the next attempt (DVC ignores SIGINT while a command runs and does not forward SIGTERM).
+    The parent check covers what a process group cannot: a killed DVC or flow would leave the stage running as
+    an orphan beside the next attempt (DVC ignores SIGINT while a command runs and does not forward SIGTERM).
     """
 
     def handle(signum: int, frame: object) -> None:

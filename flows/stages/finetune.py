@@ -1,14 +1,15 @@
-"""Learn to classify: from the pretrained backbone (cell `pretrained`) and, as control, from random weights (`scratch`).
+"""Learn to classify: from the pretrained backbone (cell `pretrained`) or from random weights (`scratch`).
 
 Files in: artifacts/data, artifacts/subsets and, for `pretrained`, artifacts/pretrain. Files out:
-artifacts/finetune/<cell>. Both cells get the same data, steps and augmentation, so that the difference is what
-pretraining is worth. Layer-wise learning-rate decay follows SimMIM (section 4.1.1); it only makes sense for weights that
-know something already, so the control trains all layers at the full rate.
+artifacts/finetune/<cell>. Both cells get the same data, steps and augmentation, so that the difference is
+what pretraining is worth. Layer-wise learning-rate decay follows SimMIM (section 4.1.1); it only makes sense
+for weights that know something already, so the control trains all layers at the full rate.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +63,11 @@ def run(params: Params, stage: Stage) -> None:
         )
     processes = initialize_processes(training)
     preprocessing = preprocessing_for(manifest, params.model)
-    reading = {"cache_mb": params.loader.cache_mb, "max_pixels": params.ingest.max_pixels}
-    dataset = ImageDataset(paths.DATA, "train", rows=load_subset(paths.SUBSETS, settings.subset), **reading)
-    validation = ImageDataset(paths.DATA, "val", **reading)
+    open_split = partial(
+        ImageDataset, paths.DATA, cache_mb=params.loader.cache_mb, max_pixels=params.ingest.max_pixels
+    )
+    dataset = open_split("train", rows=load_subset(paths.SUBSETS, settings.subset))
+    validation = open_split("val")
     num_classes = len(manifest.classes)
 
     torch.manual_seed(params.seed)  # before the model: the head starts equal in both cells

@@ -1,8 +1,9 @@
 """In-flight checkpoints: where they lie, which one is whole, how one is resumed.
 
 They live in a scratch folder outside DVC's outputs, named by a fingerprint of everything that determines the
-result, so that a repeated command continues and a changed one starts afresh. A checkpoint counts only once its
-`complete.json` is there, which is written last and atomically; two are kept, so that a kill while saving loses nothing.
+result, so that a repeated command continues and a changed one starts afresh. A checkpoint counts only once
+its `complete.json` is there, which is written last and atomically; two are kept, so that a kill while saving
+loses nothing.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ class Checkpoints:
         return path
 
     def load(self, engine: Any, path: Path) -> dict[str, Any]:
-        """Restore weights, optimiser and the saved state; only folders this pipeline wrote (they are pickles).
+        """Restore weights, optimiser and saved state; only from what this pipeline wrote (they are pickles).
 
         Raises:
             ResourceError: what was loaded is not what was saved.

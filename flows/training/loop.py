@@ -1,7 +1,8 @@
 """The training loop: fetch, forward, backward, step, log, save.
 
-Everything random in a step (drop path, masks, mixing) is seeded by (seed, step, process), and the data of a step are a
-pure function of the step, so a resumed run repeats an undisturbed one bit for bit (CPU, same number of processes).
+Everything random in a step (drop path, masks, mixing) is seeded by (seed, step, process), and the data of a
+step are a pure function of the step, so a resumed run repeats an undisturbed one bit for bit (CPU, same
+number of processes).
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ Row = dict[str, float]
 class Job(Generic[Batch]):
     """What is trained: the small interface between a task and the loop.
 
-    `batches(step)` yields the micro-batches of this process from optimiser step `step` on, `accumulation` per step.
+    `batches(step)` yields the micro-batches of this process from optimiser step `step` on, `accumulation` per
+    step.
     `loss(model, batch)` calls the model (DeepSpeed's engine) and returns a scalar.
     `validate(model)` returns metrics; it is called on all processes, in eval mode and without gradients.
     """
@@ -183,7 +185,8 @@ def _validate(job: Job[Any], engine: Any) -> Row:
 def _check_finite(loss: float, job: Job[Any], step: int) -> None:
     if not math.isfinite(loss):
         raise Diverged(
-            f"the loss is {loss} at step {step}; lower {job.name}.training.lr, lengthen warmup_steps or use fp32"
+            f"the loss is {loss} at step {step}; "
+            f"lower {job.name}.training.lr, lengthen warmup_steps or use fp32"
         )
 
 

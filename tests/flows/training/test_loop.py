@@ -55,7 +55,7 @@ def run(
     make: Callable[[], nn.Module] = Net,
     **job: Any,
 ) -> Result:
-    """Train from scratch or resume in `folder`; `stop_at` asks to stop after that many steps of this attempt."""
+    """Train from scratch or resume in `folder`; `stop_at` asks to stop after so many steps of it."""
     processes = initialize_processes(settings)
     taken = 0
 
