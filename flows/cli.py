@@ -6,6 +6,7 @@ Heavy packages are imported inside the commands, so that `trunkline --help` answ
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -33,11 +34,17 @@ def run(
     from flows.pipeline import pipeline
     from flows.summary import print_summary
 
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         summary = pipeline(dataset=dataset, recipe=recipe, settings=set_)
     except KeyboardInterrupt:
         raise Interrupted("stopped; the same command continues where it was") from None
     print_summary(summary)
+
+
+def _interrupt(signum: int, frame: object) -> None:
+    """SIGTERM as Ctrl-C: the stage that runs writes a checkpoint, records are closed."""
+    raise KeyboardInterrupt
 
 
 def workspace_checks(dataset: str, recipe: str, settings: list[str]) -> None:

@@ -139,8 +139,6 @@ def pipeline(dataset: str = "", recipe: str = "", settings: list[str] | None = N
         try:
             outcomes = _run_stages(params, root, run)
         except BaseException:
-            _stopping.set()
-            _stop_children()
             tracking.close_abandoned_runs(params, run.run_id)
             raise
         summary = _deliver(params, root, run, outcomes)
@@ -158,20 +156,26 @@ def _run_stages(params: Params, root: Path, run: MlflowRun) -> list[dict[str, An
     futures: dict[str, PrefectFuture[Any]] = {}
     runner: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=params.pipeline.parallel_stages)
     with runner:
-        for info in dvc_stage.read_graph(root):
-            if info.family in LABELS_NEEDED and not _is_labelled(futures, root):
-                continue
-            futures[info.name] = runner.submit(
-                run_stage.with_options(retries=params.pipeline.retries),
-                parameters={
-                    "stage": info.name,
-                    "root": str(root),
-                    "parameters": _parameters_of(info, sections),
-                    "environment": variables,
-                },
-                wait_for=[futures[name] for name in info.needs],
-            )
-        return [future.result() for future in futures.values()]
+        try:
+            for info in dvc_stage.read_graph(root):
+                if info.family in LABELS_NEEDED and not _is_labelled(futures, root):
+                    continue
+                futures[info.name] = runner.submit(
+                    run_stage.with_options(retries=params.pipeline.retries),
+                    parameters={
+                        "stage": info.name,
+                        "root": str(root),
+                        "parameters": _parameters_of(info, sections),
+                        "environment": variables,
+                    },
+                    wait_for=[futures[name] for name in info.needs],
+                )
+            return [future.result() for future in futures.values()]
+        except BaseException:
+            # before the runner waits for its threads: a stage that ends now must not be tried again
+            _stopping.set()
+            _stop_children()
+            raise
 
 
 def _is_labelled(futures: dict[str, PrefectFuture[Any]], root: Path) -> bool:
@@ -181,7 +185,13 @@ def _is_labelled(futures: dict[str, PrefectFuture[Any]], root: Path) -> bool:
 
 
 def _parameters_of(info: StageInfo, sections: dict[str, Any]) -> dict[str, Any]:
-    return flatten({name: sections[name] for name in info.sections})
+    """The values that DVC watches for this stage; dvc.yaml names sections or single keys."""
+    flat = flatten(sections)
+    return {
+        key: value
+        for key, value in flat.items()
+        if any(f"{key}.".startswith(f"{name}.") for name in info.sections)
+    }
 
 
 def _stop_children() -> None:
