@@ -13,23 +13,27 @@ import hashlib
 import importlib.metadata
 import os
 import shutil
+import socket
+import sqlite3
 import subprocess
 import tempfile
 import time
+import urllib.parse
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flows import files, paths
-from flows.errors import Interrupted, ResourceError
+from flows.errors import Interrupted, ResourceError, explain_os_error
 from flows.params import Params, flatten
 
 PARENT_VARIABLE = "TRUNKLINE_PARENT_RUN"
 FLUSH_S = 5.0
 PARAMS_PER_CALL = 100  # MLflow's limit of one batch
 VALUE_LIMIT = 6000
+SQLITE = "sqlite:///"
 
 
 @dataclass
@@ -98,9 +102,8 @@ class MlflowRun(Run):
 def tracking_uri(params: Params) -> str:
     """`MLFLOW_TRACKING_URI`, or the one in params, a relative SQLite path made absolute in the home clone."""
     uri = os.environ.get("MLFLOW_TRACKING_URI") or params.tracking.uri
-    prefix = "sqlite:///"
-    if uri.startswith(prefix) and not uri.startswith(prefix + "/"):
-        uri = prefix + str(paths.home() / uri.removeprefix(prefix))
+    if uri.startswith(SQLITE) and not uri.startswith(SQLITE + "/"):
+        uri = SQLITE + str(paths.home() / uri.removeprefix(SQLITE))
     return uri
 
 
@@ -121,18 +124,39 @@ def _client(uri: str) -> Any:
     import mlflow
 
     try:
-        # several processes that meet an empty database all fail in its migration: one creates, others wait
+        _probe(uri)
+        # processes that meet an empty database all fail in its migration: one creates, the others wait
         with _exclusive("tracking"):
             mlflow.set_tracking_uri(uri)
             connected = mlflow.MlflowClient(uri)
             connected.search_experiments(max_results=1)
-    except OSError:
-        raise
     except Exception as error:
+        if isinstance(error, OSError) and (explained := explain_os_error(error)):
+            raise explained from None
+        reason = str(error).partition("[SQL:")[0]
         raise ResourceError(
-            f"the MLflow store {uri} cannot be used: {' '.join(str(error).split())[:300]}"
+            f"the MLflow store {uri} cannot be used: {' '.join(reason.split())[:300]}; "
+            "correct `tracking.uri` in params.yaml or MLFLOW_TRACKING_URI"
         ) from error
     return connected
+
+
+def _probe(uri: str) -> None:
+    """Fail at once where MLflow would try again for minutes: a file nobody can write, an absent server.
+
+    Raises:
+        OSError, sqlite3.Error: with the reason.
+    """
+    if uri.startswith(SQLITE):
+        path = Path(uri.removeprefix(SQLITE).partition("?")[0])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with closing(sqlite3.connect(path, timeout=60)) as database:
+            database.execute("BEGIN IMMEDIATE")
+            database.rollback()
+    elif uri.startswith(("http://", "https://")):
+        address = urllib.parse.urlsplit(uri)
+        port = address.port or (443 if address.scheme == "https" else 80)
+        socket.create_connection((address.hostname or "", port), timeout=10).close()
 
 
 @contextmanager
@@ -146,11 +170,15 @@ def _exclusive(name: str) -> Iterator[None]:
 
 
 def _experiment_id(client: Any, name: str) -> str:
-    found = client.get_experiment_by_name(name)
-    if found is not None:
+    """Made by the first process that asks; one that was deleted on MLflow's pages comes back."""
+    with _exclusive("tracking"):
+        found = client.get_experiment_by_name(name)
+        if found is None:
+            location = str(paths.home() / "mlartifacts") if client.tracking_uri.startswith(SQLITE) else None
+            return str(client.create_experiment(name, artifact_location=location and f"{location}/{name}"))
+        if found.lifecycle_stage == "deleted":
+            client.restore_experiment(found.experiment_id)
         return str(found.experiment_id)
-    location = str(paths.home() / "mlartifacts") if client.tracking_uri.startswith("sqlite:") else None
-    return str(client.create_experiment(name, artifact_location=location and f"{location}/{name}"))
 
 
 # ---- runs --------------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     """An empty current directory that is its own home: no store, scratch or cache of the clone is touched."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TRUNKLINE_HOME", str(tmp_path))
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")  # set, so that what a test's code puts there is undone
+    monkeypatch.delenv("TRUNKLINE_PARENT_RUN", raising=False)
     yield tmp_path
     os.chdir(ROOT)

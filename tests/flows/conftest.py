@@ -1,14 +1,66 @@
-"""What tests of several stages share."""
+"""What tests of several parts share."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import fake_workspace
 import pytest
+import yaml
+from serving_workspace import Exported, export_workspace
+
+from flows import params, tracking
+from flows.params import Params
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="session")
 def finished_workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A workspace in which every stage has run. Do not change it: copy it first."""
     return fake_workspace.build(tmp_path_factory.mktemp("finished"))
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """A real export of a classifier of real digits. Do not change it: copy it first."""
+    return export_workspace(tmp_path_factory.mktemp("exported"))
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database without runs: making one takes seconds, copying it none."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    folder = tmp_path_factory.mktemp("store")
+    SqlAlchemyStore(f"sqlite:///{folder}/mlflow.db", str(folder / "unused")).engine.dispose()
+    return folder / "mlflow.db"
+
+
+@pytest.fixture
+def home(in_folder: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current directory as a clone with params.yaml and an empty tracking store."""
+    shutil.copy(empty_store, in_folder / "mlflow.db")
+    shutil.copy(ROOT / "params.yaml", in_folder / "params.yaml")
+    for name in ("RANK", "TRUNKLINE_TRACKING", "DVC_EXP_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    tracking.git_commit.cache_clear()
+    tracking.git_is_dirty.cache_clear()
+    return in_folder
+
+
+@pytest.fixture
+def home_params(home: Path) -> Params:
+    """The shipped params, whose tracking store is the one in `home`."""
+    return params.load(home / "params.yaml")
+
+
+def change_params(folder: Path, changes: dict[str, Any]) -> Params:
+    """Set dotted keys in `folder`/params.yaml."""
+    values = params.read(folder / "params.yaml")
+    for key, value in changes.items():
+        values = params.overlay(values, params.parse_setting(f"{key}={value}"), "test")
+    (folder / "params.yaml").write_text(yaml.safe_dump(values))
+    return params.load(folder / "params.yaml")

@@ -44,7 +44,7 @@ def test_a_second_run_elsewhere_gives_the_same_bytes(workspace: Path, exported: 
     command = "import serving_workspace; from flows.stages.export import main; raise SystemExit(main())"
     environment = {
         **os.environ,
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{Path(__file__).parent}",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{Path(__file__).parents[1]}",
         "PYTHONHASHSEED": "7",
     }
     answer = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True)

@@ -22,17 +22,17 @@ from torch import nn
 import models
 from flows import params, paths
 from flows.classifiers import ClassifierConfig, save_classifier
+from flows.data import ImageDataset, preprocessing_for
 from flows.data import manifest as manifests
-from flows.data import preprocessing_for
 from flows.params import Params
 from flows.samples import draw_samples
 from flows.serving.package import ModelPackage
 from flows.stage import Stage
-from flows.stages import ingest
+from flows.stages import export, ingest
 from models.backbones.swin_v2 import SwinV2Size
 from models.classification import Classifier
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 IMAGE_SIZE = 16
 BACKBONE = {"name": "swin_v2_test", "image_size": IMAGE_SIZE, "window_size": 4, "patch_size": 2}
 BLOCKS = 3
@@ -105,6 +105,20 @@ def make_workspace(folder: Path) -> Params:
         config = ClassifierConfig(BACKBONE, tuple(data.classes), preprocessing, data.digest)
         save_classifier(paths.FINETUNE / "pretrained", model, config)
     return checked
+
+
+def export_workspace(root: Path) -> Exported:
+    """`make_workspace`, then the export stage."""
+    checked = make_workspace(root)
+    with inside(root):
+        export.run(checked, Stage("export"))
+        preprocessing = ModelPackage.open(paths.EXPORT).manifest.preprocessing
+        images, labels = draw_samples(
+            paths.DATA, "test", 40, seed=1, preprocessing=preprocessing, max_pixels=10**6
+        )
+        dataset = ImageDataset(paths.DATA, "test", cache_mb=0, max_pixels=10**6)
+        encoded = [dataset.encoded(row) for row in range(12)]
+    return Exported(root, checked, images, labels, encoded, [int(label) for label in dataset.labels[:12]])
 
 
 def fitted_classifier(backbone: dict[str, Any], images: torch.Tensor, labels: np.ndarray) -> Classifier:
