@@ -52,8 +52,47 @@ class Interrupted(TrunklineError):
     exit_code = 75
 
 
+class PeerLost(Interrupted):
+    """Another of several training processes ended, which broke off this one; the other one's message says why."""
+
+
 RETRYABLE_EXIT_CODES = frozenset({-9, 137, 75})
 """Killed or interrupted from outside: the same command again can help. All else fails the same way again."""
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL_IN_WORDS = ("No space left on device", "database or disk is full")
+_LOST_CONNECTION = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Connection refused",
+)
+
+
+def explain(error: BaseException) -> TrunklineError | None:
+    """What a user can act on behind an exception of another library; None for a bug, which keeps its stack trace.
+
+    Libraries hide a full disk behind errors of their own (safetensors, SQLite, DeepSpeed) and report a process that
+    vanished as a broken connection; and what fails while a `TrunklineError` is dealt with must not hide that one.
+    """
+    if isinstance(error, OSError) and (explained := explain_os_error(error)):
+        return explained
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, TrunklineError):
+            return cause
+        text = str(cause)
+        if isinstance(cause, OSError) and cause.errno in _FULL:
+            return explain_os_error(cause)
+        if any(words in text for words in _FULL_IN_WORDS):
+            return explain_os_error(OSError(errno.ENOSPC, text))
+        if isinstance(cause, RuntimeError) and any(words in text for words in _LOST_CONNECTION):
+            return PeerLost(
+                "another process of this training ended; the same command continues from its checkpoint"
+            )
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 def explain_os_error(error: OSError) -> ResourceError | None:

@@ -155,32 +155,33 @@ def run(params: Params, stage: Stage) -> None:
         on_log=stage.run.log_metrics,
         stop_requested=stage.stop_requested,
     )
-    result = train(job, processes, checkpoints)
+    with checkpoints.hold(stage.stop_requested):
+        result = train(job, processes, checkpoints)
 
-    stage.device_hours = result.seconds * processes.world_size / 3600
-    if processes.is_main:
-        trained = build_model(params, num_classes)
-        trained.load_state_dict(result.weights)
-        folder = paths.FINETUNE / str(stage.cell)
-        config = ClassifierConfig(
-            backbone={"name": params.model.backbone, **params.model.model_dump(exclude={"backbone"})},
-            classes=tuple(manifest.classes),
-            preprocessing=preprocessing,
-            data_digest=manifest.digest,
-        )
-        save_classifier(folder, trained, config)
-        write_curves(folder, result)
-        metrics = {
-            "val_top1": result.validation[-1]["val_top1"],
-            "val_loss": result.validation[-1]["val_loss"],
-            "train_loss": result.curves[-1]["train_loss"],
-            "images_seen": training.steps * training.batch_size,
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        }
-        files.write_json(paths.METRICS / f"finetune-{stage.cell}.json", metrics)
-        print(f"{stage.label}: validation top-1 {metrics['val_top1']:.4f} after {training.steps} steps")
-    processes.barrier()
-    checkpoints.prune()
+        stage.device_hours = result.seconds * processes.world_size / 3600
+        if processes.is_main:
+            trained = build_model(params, num_classes)
+            trained.load_state_dict(result.weights)
+            folder = paths.FINETUNE / str(stage.cell)
+            config = ClassifierConfig(
+                backbone={"name": params.model.backbone, **params.model.model_dump(exclude={"backbone"})},
+                classes=tuple(manifest.classes),
+                preprocessing=preprocessing,
+                data_digest=manifest.digest,
+            )
+            save_classifier(folder, trained, config)
+            write_curves(folder, result)
+            metrics = {
+                "val_top1": result.validation[-1]["val_top1"],
+                "val_loss": result.validation[-1]["val_loss"],
+                "train_loss": result.curves[-1]["train_loss"],
+                "images_seen": training.steps * training.batch_size,
+                "parameters": sum(parameter.numel() for parameter in trained.parameters()),
+            }
+            files.write_json(paths.METRICS / f"finetune-{stage.cell}.json", metrics)
+            print(f"{stage.label}: validation top-1 {metrics['val_top1']:.4f} after {training.steps} steps")
+        processes.barrier()
+        checkpoints.prune()
 
 
 def build_model(params: Params, num_classes: int) -> Classifier:

@@ -134,15 +134,16 @@ def run(params: Params, stage: Stage) -> None:
         on_log=stage.run.log_metrics,
         stop_requested=stage.stop_requested,
     )
-    result = train(job, processes, checkpoints)
+    with checkpoints.hold(stage.stop_requested):
+        result = train(job, processes, checkpoints)
 
-    stage.device_hours = result.seconds * processes.world_size / 3600
-    if processes.is_main:
-        trained = build_model(params)
-        trained.load_state_dict(result.weights)
-        write_outputs(params, stage, manifest, result, trained, validation, preprocessing)
-    processes.barrier()
-    checkpoints.prune()
+        stage.device_hours = result.seconds * processes.world_size / 3600
+        if processes.is_main:
+            trained = build_model(params)
+            trained.load_state_dict(result.weights)
+            write_outputs(params, stage, manifest, result, trained, validation, preprocessing)
+        processes.barrier()
+        checkpoints.prune()
 
 
 def build_model(params: Params) -> SimMIM:

@@ -88,7 +88,9 @@ def run(
         stop_requested=lambda: stop_at is not None and taken >= stop_at,
         **job,
     )
-    return train(described, processes, Checkpoints(folder, processes))
+    checkpoints = Checkpoints(folder, processes)
+    with checkpoints.hold():
+        return train(described, processes, checkpoints)
 
 
 def same(left: Result, right: Result) -> bool:
