@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import pickle
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -72,7 +74,7 @@ class Checkpoints:
     @contextmanager
     def _locked(self, stop_requested: Callable[[], bool]) -> Iterator[None]:
         deadline = time.monotonic() + LOCK_PATIENCE_S
-        while True:
+        for attempt in itertools.count():
             self.folder.mkdir(parents=True, exist_ok=True)
             with open(self.folder / "lock", "w") as lock:
                 if _try_to_lock(lock):
@@ -80,6 +82,8 @@ class Checkpoints:
                     return
             if time.monotonic() > deadline:
                 raise ResourceError(f"another process is training in {self.folder}; wait for it or stop it")
+            if attempt == 0:
+                print(f"waiting for another process that is training in {self.folder}", file=sys.stderr, flush=True)
             if stop_requested():
                 raise Interrupted("stopped while another process was training the same")
             time.sleep(0.2)
