@@ -53,7 +53,8 @@ class Interrupted(TrunklineError):
 
 
 class PeerLost(Interrupted):
-    """Another of several training processes ended, which broke off this one; the other one's message says why."""
+    """Another of several training processes ended, which broke off this one; the other one's message says
+    why."""
 
 
 RETRYABLE_EXIT_CODES = frozenset({-9, 137, 75})
@@ -71,10 +72,12 @@ _LOST_CONNECTION = (
 
 
 def explain(error: BaseException) -> TrunklineError | None:
-    """What a user can act on behind an exception of another library; None for a bug, which keeps its stack trace.
+    """What a user can act on behind an exception of another library; None for a bug, which keeps its stack
+    trace.
 
-    Libraries hide a full disk behind errors of their own (safetensors, SQLite, DeepSpeed) and report a process that
-    vanished as a broken connection; and what fails while a `TrunklineError` is dealt with must not hide that one.
+    Libraries hide a full disk behind errors of their own (safetensors, SQLite, DeepSpeed) and report a
+    process that vanished as a broken connection; and what fails while a `TrunklineError` is dealt with must
+    not hide that one.
     """
     if isinstance(error, OSError) and (explained := explain_os_error(error)):
         return explained

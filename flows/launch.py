@@ -1,9 +1,9 @@
 """Start a training stage on as many processes as params.yaml says: `python -m flows.launch pretrain …`.
 
-One process trains right here; several go through torchrun's agent, which starts this module again as its workers. On
-several machines give torchrun's usual arguments in `TRUNKLINE_TORCHRUN` (for example
-"--nnodes 2 --node-rank 0 --nproc-per-node 8 --master-addr HOST --master-port 29500") and start the same command on
-each. The exit code is that of the process that failed first of its own accord.
+One process trains right here; several go through torchrun's agent, which starts this module again as its
+workers. On several machines give torchrun's usual arguments in `TRUNKLINE_TORCHRUN` (for example "--nnodes 2
+--node-rank 0 --nproc-per-node 8 --master-addr HOST --master-port 29500") and start the same command on each.
+The exit code is that of the process that failed first of its own accord.
 """
 
 from __future__ import annotations
@@ -83,17 +83,20 @@ def run_agent(torchrun: list[str], stage: str, arguments: list[str]) -> int:
 
 
 def _cause(failures: list[ProcessFailure]) -> ProcessFailure:
-    """The first failure; one process that ends interrupts all others, so an interruption is rather a consequence."""
+    """The first failure; one process that ends interrupts all others, so an interruption is rather a
+    consequence."""
     return min(failures, key=lambda failure: (failure.exitcode == Interrupted.exit_code, failure.timestamp))
 
 
 def _message(failure: ProcessFailure, stage: str) -> str:
-    """What is still to be said: a worker's mistake (see flows.stage) or its violent end; a bug has shown its trace."""
+    """What is still to be said: a worker's mistake (see flows.stage) or its violent end; a bug has shown its
+    trace."""
     if isinstance(failure.message, dict):
         return str(failure.message["message"])
     if failure.exitcode < 0:
         return (
-            f"{stage}: training process {failure.local_rank} was ended by {signal.Signals(-failure.exitcode).name}; "
+            f"{stage}: training process {failure.local_rank} was ended by "
+            f"{signal.Signals(-failure.exitcode).name}; "
             "the same command continues from the last checkpoint"
         )
     return ""

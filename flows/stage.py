@@ -34,7 +34,8 @@ from flows.params import Params
 
 ORPHAN_CHECK_S = 1.0
 ECHO_S = 2.0
-"""A second signal within this time is the first one's echo: sent to the process as well as to its group or agent."""
+"""A second signal within this time is the first one's echo: sent to the process as well as to its group or
+agent."""
 SHELLS = {"bash", "dash", "fish", "ksh", "sh", "tcsh", "zsh"}
 
 
@@ -105,8 +106,8 @@ def run_stage(
 
 
 def _say(stage: Stage, error: TrunklineError) -> None:
-    """One line on stderr, also when only one of several processes knows of the mistake: then through torchrun's agent
-    (flows.launch), which prints the line of the process that failed first."""
+    """One line on stderr, also when only one of several processes knows of the mistake: then through
+    torchrun's agent (flows.launch), which prints the line of the process that failed first."""
     if isinstance(error, PeerLost):
         return  # that other process, or the agent, says it
     if (path := os.environ.get("TORCHELASTIC_ERROR_FILE")) and not isinstance(error, Interrupted):
@@ -133,8 +134,8 @@ def _write_receipt(stage: Stage, duration_s: float) -> None:
 def _watch_signals(stage: Stage) -> None:
     """Ask the stage to stop on SIGINT/SIGTERM, or when what started it dies; a second signal ends it at once.
 
-    A worker of torchrun's agent gets signals twice (the agent passes them on) and is killed by the agent if it takes
-    too long, so there the second one has no meaning.
+    A worker of torchrun's agent gets signals twice (the agent passes them on) and is killed by the agent if
+    it takes too long, so there the second one has no meaning.
     """
     first_s = 0.0
 
@@ -154,10 +155,11 @@ def _watch_signals(stage: Stage) -> None:
 
 @functools.cache
 def stop_when_orphaned() -> None:
-    """Send this process SIGTERM when DVC, the flow or torchrun's agent that it works for is gone. Starts one thread.
+    """Send this process SIGTERM when DVC, the flow or torchrun's agent that it works for is gone. Starts one
+    thread.
 
-    This covers what a process group cannot: a killed DVC or flow would leave the stage running as an orphan beside
-    the next attempt (DVC ignores SIGINT while a command runs and does not forward SIGTERM).
+    This covers what a process group cannot: a killed DVC or flow would leave the stage running as an orphan
+    beside the next attempt (DVC ignores SIGINT while a command runs and does not forward SIGTERM).
     """
     try:
         guardians = [psutil.Process(pid) for pid in _guardians()]

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import pickle
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -29,7 +31,8 @@ from flows.training.distributed import Processes, full_state_dict
 KEPT = 2
 LOCK_PATIENCE_S = 30.0
 ABANDONED_S = 14 * 24 * 3600.0
-"""Unfinished runs of the same stage that nothing has touched for so long are removed: their fingerprint is history."""
+"""Unfinished runs of the same stage that nothing has touched for so long are removed: their fingerprint is
+history."""
 
 
 _TORCH_WRITER = ("PytorchStreamWriter", "inline_container")
@@ -73,7 +76,7 @@ class Checkpoints:
     @contextmanager
     def _locked(self, stop_requested: Callable[[], bool]) -> Iterator[None]:
         deadline = time.monotonic() + LOCK_PATIENCE_S
-        while True:
+        for attempt in itertools.count():
             self.folder.mkdir(parents=True, exist_ok=True)
             with open(self.folder / "lock", "w") as lock:
                 if _try_to_lock(lock):
@@ -81,6 +84,12 @@ class Checkpoints:
                     return
             if time.monotonic() > deadline:
                 raise ResourceError(f"another process is training in {self.folder}; wait for it or stop it")
+            if attempt == 0:
+                print(
+                    f"waiting for another process that is training in {self.folder}",
+                    file=sys.stderr,
+                    flush=True,
+                )
             if stop_requested():
                 raise Interrupted("stopped while another process was training the same")
             time.sleep(0.2)
@@ -117,7 +126,8 @@ class Checkpoints:
                 raise
             free = shutil.disk_usage(self.folder).free >> 20
             raise ResourceError(
-                f"a checkpoint cannot be written to {path} ({free} MB free); free some space or let PIPELINE_SCRATCH "
+                f"a checkpoint cannot be written to {path} ({free} MB free); free some space or let "
+                "PIPELINE_SCRATCH "
                 "name a folder on another disk, and run the same command again"
             ) from error
         checksum = self._weights_checksum(engine)
@@ -177,7 +187,8 @@ class Checkpoints:
 
 
 def _try_to_lock(lock: IO[str]) -> bool:
-    """Take the lock on an open file unless another process has it, or has removed the file when it was done."""
+    """Take the lock on an open file unless another process has it, or has removed the file when it was
+    done."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

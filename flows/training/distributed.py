@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import logging
 import os
+import warnings
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,8 @@ class Processes:
 def initialize_processes(settings: Training) -> Processes:
     """Join the process group (gloo on the CPU, nccl on GPUs) and set threads and device."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed's to change; torch would say it at every step
+    warnings.filterwarnings("ignore", r".*torch\.distributed\.\w+` is deprecated", FutureWarning)
     # DeepSpeed would probe for compilers and build a C++ extension for low-latency inference reductions at
     # the first use: 80 s, and an error without a compiler. Training uses none of its compiled operators.
     deepspeed.ops.__compatible_ops__ = {}

@@ -93,8 +93,8 @@ def train(job: Job[Any], processes: Processes, checkpoints: Checkpoints) -> Resu
     progress.note(began)
 
     batches = job.batches(state.step)
-    # The sum over processes was saved; it goes on in one of them. In double precision a sum of a few single-precision
-    # numbers is exact, so that the curves do not depend on where it was split.
+    # The sum over processes was saved; it goes on in one of them. In double precision a sum of a few
+    # single-precision numbers is exact, so that the curves do not depend on where it was split.
     loss_sum = torch.tensor(
         state.loss_sum if processes.is_main else 0.0, dtype=torch.float64, device=processes.device
     )
@@ -178,7 +178,8 @@ def _begin(
     if job.continue_from is not None:
         if not (job.continue_from / "complete.json").is_file():
             raise ConfigError(
-                f"`{job.name}.continue_from`: {job.continue_from} is not the folder of a whole checkpoint (step-…)"
+                f"`{job.name}.continue_from`: {job.continue_from} is not the folder of a whole checkpoint "
+                "(step-…)"
             )
         state = _State(**Checkpoints(job.continue_from.parent, processes).load(engine, job.continue_from))
         if state.step >= job.settings.steps:
