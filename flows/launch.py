@@ -71,7 +71,10 @@ def run_agent(torchrun: list[str], stage: str, arguments: list[str]) -> int:
     # torchrun would warn without it; the stage sets torch's threads from params
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:
-        run(parse_args(["--max-restarts", "0", *torchrun, "-m", "flows.launch", stage, *arguments]))
+        parsed = parse_args(  # type: ignore[no-untyped-call]  # torch leaves both untyped
+            ["--max-restarts", "0", *torchrun, "-m", "flows.launch", stage, *arguments]
+        )
+        run(parsed)  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
         failure = _cause(list(error.failures.values()))
         if message := _message(failure, stage):
