@@ -280,7 +280,8 @@ def check(values: Mapping[str, Any], origin: str) -> Params:
 
 
 def _first_problem(error: ValidationError) -> str:
-    problems = error.errors()
+    # a mistyped key is both unknown and missing; the first is what the user wrote
+    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     first = problems[0]
     key = ".".join(str(part) for part in first["loc"] if not isinstance(part, str) or "[" not in part)
     kind = first["type"]
