@@ -77,8 +77,14 @@ def run_stage(
     body: Callable[[Params, Stage], None],
     argv: list[str] | None = None,
     cells: list[str] | None = None,
+    stops_itself: bool = False,
 ) -> int:
-    """Run `body`, turn errors into a line and an exit code (flows.errors), write the receipt on rank 0."""
+    """Run `body`, turn errors into a line and an exit code (flows.errors), write the receipt on rank 0.
+
+    Args:
+        cells: values of `--cell`, for matrix stages.
+        stops_itself: `body` looks at `stage.stop_requested()`; else a signal breaks it off at once.
+    """
     parser = argparse.ArgumentParser(
         prog=f"python -m flows.stages.{name}", description=sys.modules[body.__module__].__doc__
     )
@@ -90,7 +96,7 @@ def run_stage(
     try:
         paths.workspace()
         checked = params.load()
-        _watch_signals(stage)
+        _watch_signals(stage, stops_itself)
         with tracking.stage_run(stage.name, stage.cell, checked) as stage.run:
             body(checked, stage)
             duration = time.monotonic() - started
@@ -131,7 +137,7 @@ def _write_receipt(stage: Stage, duration_s: float) -> None:
     )
 
 
-def _watch_signals(stage: Stage) -> None:
+def _watch_signals(stage: Stage, stops_itself: bool) -> None:
     """Ask the stage to stop on SIGINT/SIGTERM, or when what started it dies; a second signal ends it at once.
 
     A worker of torchrun's agent gets signals twice (the agent passes them on) and is killed by the agent if
@@ -144,6 +150,8 @@ def _watch_signals(stage: Stage) -> None:
         if not stage.stop_requested():
             first_s = time.monotonic()
             stage.request_stop()
+            if not stops_itself:  # outputs are replaced as a whole, so this leaves nothing half done
+                raise Interrupted("stopped; the same command starts this stage again")
         elif time.monotonic() - first_s > ECHO_S and "TORCHELASTIC_RUN_ID" not in os.environ:
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)

@@ -214,7 +214,7 @@ def load_backbone(model: Classifier, path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_stage("finetune", run, argv, cells=CELLS)
+    return run_stage("finetune", run, argv, cells=CELLS, stops_itself=True)
 
 
 if __name__ == "__main__":

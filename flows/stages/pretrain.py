@@ -252,7 +252,7 @@ def to_pixels(images: torch.Tensor, preprocessing: Preprocessing) -> np.ndarray[
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_stage("pretrain", run, argv)
+    return run_stage("pretrain", run, argv, stops_itself=True)
 
 
 if __name__ == "__main__":
