@@ -18,7 +18,7 @@ import pytest
 import training_workspace as workspaces
 from training_workspace import Attempt
 
-from flows import params, tracking
+from flows import files, params, ports, tracking
 
 SOON_S = 20.0
 """Far above the second or two it takes, far below the time training would still need, agents' patience
@@ -47,10 +47,10 @@ class History:
         self.attempts[name].wait_for_step(step)
         return self.attempts[name]
 
-    def finish(self, **options: Any) -> None:
-        for name, workspace in (("last", self.workspace), ("undisturbed", self.undisturbed)):
-            self.attempts[name] = Attempt(workspace, "pretrain", **(options if name == "last" else {}))
-            self.end(name)
+    def finish(self, name: str, workspace: Path, **options: Any) -> None:
+        """Start an attempt and let it come to its end."""
+        self.attempts[name] = Attempt(workspace, "pretrain", **options)
+        self.end(name)
 
     def close(self) -> None:
         for attempt in self.attempts.values():
@@ -59,8 +59,7 @@ class History:
 
 @pytest.fixture(scope="module")
 def alone(ingested: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[History]:
-    """One process: killed, left by its parent, asked to stop by SIGTERM, by Ctrl-C, by a dead flow; then
-    left alone."""
+    """One process: killed, left by its parent, asked to stop while a second one waits; then left alone."""
     folder = tmp_path_factory.mktemp("alone")
     undisturbed = workspaces.copy(ingested, folder / "undisturbed")
     history = History(workspaces.copy(ingested, folder / "disturbed"), undisturbed, {}, {}, {})
@@ -84,15 +83,8 @@ def alone(ingested: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         first.process.terminate()
         history.end("terminated")
 
-        flow = psutil.Popen(["sleep", "600"])
-        history.begin("flow died", 27, TRUNKLINE_FLOW_PID=str(flow.pid))
-        flow.kill()  # not waited for: a zombie, as when whoever started the flow is gone or careless
-        history.end("flow died")
-        flow.wait()
-
-        history.begin("ctrl-c", 39).process.send_signal(signal.SIGINT)
-        history.end("ctrl-c")
-        history.finish()
+        history.finish("last", history.workspace)
+        history.finish("undisturbed", undisturbed)
         yield history
     finally:
         history.close()
@@ -100,8 +92,11 @@ def alone(ingested: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 @pytest.fixture(scope="module")
 def pair(ingested: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[History]:
-    """Two processes under torchrun's agent: one killed, all killed, agent left by its parent, agent killed,
-    terminated."""
+    """Two processes under torchrun's agent: one killed, agent left by its parent, all terminated; then left
+    alone.
+
+    The undisturbed run uses two agents, as on two machines.
+    """
     folder = tmp_path_factory.mktemp("pair")
     change = {"pretrain": {"training": {"processes": 2}}}
     undisturbed = workspaces.copy(ingested, folder / "undisturbed", change)
@@ -117,18 +112,17 @@ def pair(ingested: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[H
         history.end("orphaned")
         workspaces.wait_until_gone([process.pid for process in family])
 
-        headless = history.begin("agent killed", 27)
-        family = headless.workers()
-        headless.process.kill()
-        history.end("agent killed")
-        workspaces.wait_until_gone([process.pid for process in family])
-
         # as the flow ends a stage: every process gets the signal, and the agent passes its own on
-        cancelled = history.begin("terminated", 39, TRUNKLINE_TRACKING="on")
+        cancelled = history.begin("terminated", 27, TRUNKLINE_TRACKING="on")
         for process in [*cancelled.workers(), cancelled.process]:
             process.terminate()
         history.end("terminated")
-        history.finish(TRUNKLINE_TRACKING="on")
+        history.finish("last", history.workspace, TRUNKLINE_TRACKING="on")
+
+        machines = f"--nnodes 2 --nproc-per-node 1 --master-addr 127.0.0.1 --master-port {ports.free_port()} --node-rank"
+        history.attempts["machine 1"] = Attempt(undisturbed, "pretrain", TRUNKLINE_TORCHRUN=f"{machines} 1")
+        history.finish("undisturbed", undisturbed, TRUNKLINE_TORCHRUN=f"{machines} 0")
+        history.end("machine 1")
         yield history
     finally:
         history.close()
@@ -157,21 +151,19 @@ def test_every_attempt_resumes_where_the_last_one_was_saved(alone: History) -> N
     assert alone.codes["killed"] == -signal.SIGKILL
     assert "pretrain: scratch: random weights" in alone.attempts["killed"].lines
     began = {
-        name: attempt.wait_for(r"resume: step (\d+) from").group(1)
-        for name, attempt in alone.attempts.items()
-        if name not in ("killed", "second", "undisturbed")
+        name: alone.attempts[name].wait_for(r"resume: step (\d+) from")[1]
+        for name in ("orphaned", "terminated", "last")
     }
     # a kill falls back to the last multiple of checkpoint_every, a request to stop saves on the spot
     assert int(began["orphaned"]) in range(5, 16, 5)
-    for earlier, later in (("orphaned", "terminated"), ("terminated", "flow died"), ("flow died", "ctrl-c")):
+    for earlier, later in (("orphaned", "terminated"), ("terminated", "last")):
         stopped_at = workspaces.errors(alone.attempts[earlier])[0].split("stopped at step ")[1].split()[0]
         assert began[later] == stopped_at
 
 
-@pytest.mark.parametrize("name", ["terminated", "ctrl-c", "flow died"])
-def test_a_request_to_stop_saves_and_ends_within_seconds(alone: History, name: str) -> None:
-    assert alone.codes[name] == 75
-    assert_stopped_cleanly(alone, name)
+def test_a_request_to_stop_saves_and_ends_within_seconds(alone: History) -> None:
+    assert alone.codes["terminated"] == 75
+    assert_stopped_cleanly(alone, "terminated")
 
 
 def test_a_stage_whose_parent_was_killed_saves_and_ends(alone: History) -> None:
@@ -192,8 +184,15 @@ def test_outputs_leave_no_checkpoints(alone: History) -> None:
     assert list((alone.workspace / "scratch" / "pretrain").iterdir()) == []
 
 
-def test_a_disturbed_pair_equals_an_undisturbed_one(pair: History) -> None:
+def test_a_disturbed_pair_equals_an_undisturbed_one_on_two_machines(pair: History) -> None:
     assert_equal(pair)
+
+
+def test_the_second_machine_writes_nothing(pair: History) -> None:
+    assert pair.codes["machine 1"] == 0
+    assert pair.attempts["machine 1"].lines == []
+    receipt = files.read_json(pair.undisturbed / "artifacts" / "receipts" / "pretrain.json")
+    assert receipt["stage"] == "pretrain"
 
 
 def test_a_killed_worker_ends_the_others_with_one_line(pair: History) -> None:
@@ -207,7 +206,7 @@ def test_a_killed_worker_ends_the_others_with_one_line(pair: History) -> None:
     assert pair.seconds["one killed"] < SOON_S
 
 
-@pytest.mark.parametrize("name", ["orphaned", "agent killed", "terminated"])
+@pytest.mark.parametrize("name", ["orphaned", "terminated"])
 def test_a_pair_saves_and_stops_together(pair: History, name: str) -> None:
     assert_stopped_cleanly(pair, name)
 
@@ -225,5 +224,8 @@ def test_only_rank_0_opens_a_run_and_closes_it(pair: History, monkeypatch: pytes
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     runs = client.search_runs(experiments, order_by=["attributes.start_time ASC"])
     assert [run.info.status for run in runs] == ["KILLED", "FINISHED"]
+    resumed = int(pair.attempts["last"].wait_for(r"resume: step (\d+) from")[1])
     logged = client.get_metric_history(runs[1].info.run_id, "train_loss")
-    assert [metric.step for metric in logged] == list(range(42, workspaces.STEPS + 1, 3))
+    assert [metric.step for metric in logged] == [
+        step for step in range(3, workspaces.STEPS + 1, 3) if step > resumed
+    ]
