@@ -137,7 +137,8 @@ def run_stage(
 
 
 def _failure(stage: str, root: Path, code: int, lines: list[str]) -> StageFailed:
-    """DVC answers 255 to any failure of a command; the command's own code stands at the end of its last line."""
+    """DVC answers 255 to any failure of a command; the command's own code stands at the end of its last
+    line."""
     matches = [found for line in lines if (found := re.search(r", exited with (-?\d+)$", line))]
     own = int(matches[-1].group(1)) if matches else code
     own_words = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]

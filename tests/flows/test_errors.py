@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 
 import pytest
 
@@ -11,7 +12,7 @@ from flows.errors import DataError, Interrupted, PeerLost, ResourceError, Trunkl
 
 def raised(*errors: BaseException) -> BaseException:
     """The last error, raised while the one before was handled, and so on."""
-    for earlier, later in zip(errors, errors[1:], strict=False):
+    for earlier, later in itertools.pairwise(errors):
         later.__context__ = earlier
     return errors[-1]
 

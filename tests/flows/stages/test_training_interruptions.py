@@ -119,7 +119,8 @@ def pair(ingested: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[H
         history.end("terminated")
         history.finish("last", history.workspace, TRUNKLINE_TRACKING="on")
 
-        machines = f"--nnodes 2 --nproc-per-node 1 --master-addr 127.0.0.1 --master-port {ports.free_port()} --node-rank"
+        address = f"--master-addr 127.0.0.1 --master-port {ports.free_port()}"
+        machines = f"--nnodes 2 --nproc-per-node 1 {address} --node-rank"
         history.attempts["machine 1"] = Attempt(undisturbed, "pretrain", TRUNKLINE_TORCHRUN=f"{machines} 1")
         history.finish("undisturbed", undisturbed, TRUNKLINE_TORCHRUN=f"{machines} 0")
         history.end("machine 1")
