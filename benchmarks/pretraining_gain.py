@@ -1,9 +1,10 @@
-"""What pretraining is worth: test accuracy from the pretrained backbone against from scratch, over several seeds.
+"""What pretraining is worth: test accuracy, pretrained against from scratch, over several seeds.
 
     python -m benchmarks.pretraining_gain --dataset cifar10 --seeds 0 1 2 [--recipe NAME] [--set key=value]
 
-Each seed is the pipeline itself (`dvc repro evaluate`) in a workspace of its own: pretraining, both finetunings and
-the evaluation all use that seed; data and splits stay the same. Prints and writes benchmarks/results/<name>.md.
+Each seed is the pipeline itself (`dvc repro evaluate`) in a workspace of its own: pretraining, both
+finetunings and the evaluation all use that seed; data and splits stay the same. Prints and writes
+benchmarks/results/<name>.md.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ def run_seed(seed: int, dataset: str, recipe: str, settings: list[str]) -> dict[
     targets = [f"evaluate@{cell}" for cell in CELLS]
     command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", *targets]
     subprocess.run(command, cwd=place.root, env=variables, check=True)
-    found = {cell: files.read_json(place.root / paths.METRICS / f"evaluate-{cell}.json")["top1"] for cell in CELLS}
+    found = {
+        cell: files.read_json(place.root / paths.METRICS / f"evaluate-{cell}.json")["top1"] for cell in CELLS
+    }
     return {cell: 100 * float(value) for cell, value in found.items()}
 
 
@@ -51,7 +54,9 @@ def table(results: dict[int, dict[str, float]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dataset", default="digits")
     parser.add_argument("--recipe", default="")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -59,7 +64,8 @@ def main() -> None:
     arguments = parser.parse_args()
     environment.prepare()
     results = {
-        seed: run_seed(seed, arguments.dataset, arguments.recipe, arguments.settings) for seed in arguments.seeds
+        seed: run_seed(seed, arguments.dataset, arguments.recipe, arguments.settings)
+        for seed in arguments.seeds
     }
     title = f"Test top-1 (%) on {arguments.dataset}, {platform.machine()}, {os.cpu_count()} cores"
     command = f"python -m benchmarks.pretraining_gain {' '.join(sys.argv[1:])}"

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from flows import environment, params, paths
-from flows.errors import Interrupted, TrunklineError, explain_os_error
+from flows.errors import ConfigError, Interrupted, TrunklineError, explain
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 serve_app = typer.Typer(no_args_is_help=True, help="Serve a registered model.")
@@ -54,7 +54,7 @@ def workspace_checks(dataset: str, recipe: str, settings: list[str]) -> None:
     place = workspace.prepare(dataset, recipe, settings)
     source = Path(place.params.ingest.source)
     if not (source if source.is_absolute() else place.root / source).exists():
-        raise params.ConfigError(f"`ingest.source`: {source} does not exist")
+        raise ConfigError(f"`ingest.source`: {source} does not exist")
 
 
 @serve_app.command("vision")
@@ -103,11 +103,6 @@ def main() -> None:
         app(standalone_mode=False)
     except TrunklineError as error:
         _fail(str(error), error.exit_code)
-    except OSError as error:
-        explained = explain_os_error(error)
-        if explained is None:
-            raise
-        _fail(str(explained), explained.exit_code)
     except typer.Abort:
         _fail("stopped", Interrupted.exit_code)
     except typer.Exit as error:
@@ -116,7 +111,10 @@ def main() -> None:
         # typer's vendored click raises usage errors of its own
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
             _fail(error.format_message(), error.exit_code)
-        raise
+        explained = explain(error)
+        if explained is None:
+            raise
+        _fail(str(explained), explained.exit_code)
 
 
 def _fail(message: str, exit_code: int) -> None:

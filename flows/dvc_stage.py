@@ -1,7 +1,7 @@
 """Run one DVC stage as a child process: stream its output, classify its exit code, read its receipt.
 
-The order and names come from dvc.yaml through DVC's own index; execution goes through DVC's command line, because the
-Python API keeps process-wide state.
+The order and names come from dvc.yaml through DVC's own index; execution goes through DVC's command line,
+because the Python API keeps process-wide state.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import psutil
-import yaml
 
 from flows import files, paths
 from flows.errors import RETRYABLE_EXIT_CODES, Interrupted, TrunklineError
 
 KEPT_LINES = 50
 TERMINATE_S = 60.0
+LAST_WORDS_S = 5.0
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")
 LOCKED = ("Unable to acquire lock", "is busy, it is being blocked by")
 
@@ -94,7 +94,7 @@ def run_stage(
     environment: dict[str, str],
     on_line: Callable[[str], None],
 ) -> tuple[Status, dict[str, Any]]:
-    """`dvc repro --single-item STAGE` in `root`; returns what DVC did and the receipt of the run that made the bytes.
+    """`dvc repro --single-item STAGE` in `root`: what DVC did and the receipt of the run that made the bytes.
 
     Raises:
         StageFailed: with the stage's own exit code, its error line and the command that repeats it.
@@ -138,7 +138,8 @@ def run_stage(
 
 
 def _failure(stage: str, root: Path, code: int, lines: list[str]) -> StageFailed:
-    """DVC answers 255 to any failure of a command; the command's own code stands at the end of its last line."""
+    """DVC answers 255 to any failure of a command; the command's own code stands at the end of its last
+    line."""
     matches = [found for line in lines if (found := re.search(r", exited with (-?\d+)$", line))]
     own = int(matches[-1].group(1)) if matches else code
     own_words = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
@@ -155,16 +156,28 @@ def _failure(stage: str, root: Path, code: int, lines: list[str]) -> StageFailed
 
 
 def terminate_tree(pid: int, patience_s: float = TERMINATE_S) -> None:
-    """SIGTERM to all descendants, leaves first, so that training saves a checkpoint; SIGKILL to what is left."""
+    """SIGTERM to all descendants, leaves first, so that training saves a checkpoint; SIGKILL to the rest.
+
+    The process itself (DVC) comes last and gets some seconds to end by itself: only it can say how its
+    command ended, and release its locks.
+    """
     try:
         root = psutil.Process(pid)
-        family = [*reversed(root.children(recursive=True)), root]
+        descendants = [*reversed(root.children(recursive=True))]
     except psutil.NoSuchProcess:
         return
-    for process in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.send_signal(signal.SIGTERM)
-    _, alive = psutil.wait_procs(family, timeout=patience_s)
+    alive = _end(descendants, patience_s)
+    if descendants:
+        psutil.wait_procs([root], timeout=min(LAST_WORDS_S, patience_s))
+    alive += _end([root], patience_s)
     for process in alive:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.send_signal(signal.SIGKILL)
+
+
+def _end(processes: list[psutil.Process], patience_s: float) -> list[psutil.Process]:
+    """SIGTERM; returns those that are still there after `patience_s`."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGTERM)
+    return list(psutil.wait_procs(processes, timeout=patience_s)[1])

@@ -52,15 +52,59 @@ class Interrupted(TrunklineError):
     exit_code = 75
 
 
+class PeerLost(Interrupted):
+    """Another of several training processes ended, which broke off this one; the other one's message says
+    why."""
+
+
 RETRYABLE_EXIT_CODES = frozenset({-9, 137, 75})
-"""Killed from outside or interrupted: starting the stage again can help. Everything else fails the same way twice."""
+"""Killed or interrupted from outside: the same command again can help. All else fails the same way again."""
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL_IN_WORDS = ("No space left on device", "database or disk is full")
+_LOST_CONNECTION = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Connection refused",
+)
+
+
+def explain(error: BaseException) -> TrunklineError | None:
+    """What a user can act on behind an exception of another library; None for a bug, which keeps its stack
+    trace.
+
+    Libraries hide a full disk behind errors of their own (safetensors, SQLite, DeepSpeed) and report a
+    process that vanished as a broken connection; and what fails while a `TrunklineError` is dealt with must
+    not hide that one.
+    """
+    if isinstance(error, OSError) and (explained := explain_os_error(error)):
+        return explained
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, TrunklineError):
+            return cause
+        text = str(cause)
+        if isinstance(cause, OSError) and cause.errno in _FULL:
+            return explain_os_error(cause)
+        if any(words in text for words in _FULL_IN_WORDS):
+            return explain_os_error(OSError(errno.ENOSPC, text))
+        if isinstance(cause, RuntimeError) and any(words in text for words in _LOST_CONNECTION):
+            return PeerLost(
+                "another process of this training ended; the same command continues from its checkpoint"
+            )
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 def explain_os_error(error: OSError) -> ResourceError | None:
     """One clear sentence for the operating-system errors that users meet; None for all others."""
     where = f": {error.filename}" if error.filename else ""
     reasons = {
-        errno.ENOSPC: "the disk is full; free some space and run the same command again, nothing finished is lost",
+        errno.ENOSPC: (
+            "the disk is full; free some space and run the same command again, nothing finished is lost"
+        ),
         errno.EDQUOT: "the disk quota is used up; free some space and run the same command again",
         errno.EACCES: "permission denied",
         errno.EROFS: "the file system is read-only",

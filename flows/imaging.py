@@ -1,7 +1,7 @@
 """From untrusted bytes to the network's input: the one decoder and the one evaluation preprocessing.
 
-Ingest, evaluation, export parity and the server all go through here, so that a served answer cannot differ from
-an evaluated one. Training uses `decode` too and then its own random crops (flows/data).
+Ingest, evaluation, export parity and the server all go through here, so that a served answer cannot differ
+from an evaluated one. Training uses `decode` too and then its own random crops (flows/data).
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """What is decoded. Pillow knows more, some of it by starting other programs (EPS)."""
 
@@ -26,7 +25,7 @@ class ImageError(ValueError):
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Resize the short side to `resize_to`, crop the centre to `image_size`, scale to 0-1, normalise per channel."""
+    """Short side to `resize_to`, centre crop to `image_size`, scale to 0-1, normalise per channel."""
 
     image_size: int  # pixels
     resize_to: int  # pixels, >= image_size
@@ -48,7 +47,8 @@ def decode(data: bytes, *, max_pixels: int) -> Image.Image:
     Sixteen-bit and floating-point grey images are scaled to eight bits; transparency is laid on white.
 
     Raises:
-        ImageError: empty, truncated, not an image, or more than `max_pixels` (read from the header, before decoding).
+        ImageError: empty, truncated, not an image, or more than `max_pixels` (read from the header,
+            before decoding).
     """
     if not data:
         raise ImageError("empty file")
@@ -83,7 +83,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> NDArray[np.uint8]:
     """The geometry of `preprocess`: uint8 array of shape (image_size, image_size, 3).
 
-    The centre square is cut and scaled in one step, so that a thin strip never becomes a huge intermediate image.
+    The centre square is cut and scaled in one step, so that a thin strip never becomes a huge image in
+    between.
     """
     size = preprocessing.image_size
     width, height = image.size

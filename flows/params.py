@@ -1,11 +1,12 @@
 """Typed view of params.yaml: every knob once, with its meaning, unit and legal range.
 
-There are no defaults here: the file is the only source. `load()` checks all sections before anything runs and names
-the offending key. Overlays (recipes, `--set key=value`) are merged before the check and may not add keys.
+There are no defaults here: the file is the only source. `load()` checks all sections before anything runs and
+names the offending key. Overlays (recipes, `--set key=value`) are merged before the check and add no keys.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -231,7 +232,8 @@ class Params(Section):
             )
         if self.model.image_size % self.pretrain.mask_unit:
             raise ValueError(
-                f"pretrain.mask_unit {self.pretrain.mask_unit} must divide model.image_size {self.model.image_size}"
+                f"pretrain.mask_unit {self.pretrain.mask_unit} must divide "
+                f"model.image_size {self.model.image_size}"
             )
         for name, subset in (("pretrain", self.pretrain.subset), ("finetune", self.finetune.subset)):
             if subset not in self.scale.percentages:
@@ -278,7 +280,8 @@ def check(values: Mapping[str, Any], origin: str) -> Params:
 
 
 def _first_problem(error: ValidationError) -> str:
-    problems = error.errors()
+    # a mistyped key is both unknown and missing; the first is what the user wrote
+    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     first = problems[0]
     key = ".".join(str(part) for part in first["loc"] if not isinstance(part, str) or "[" not in part)
     kind = first["type"]
@@ -328,13 +331,12 @@ def parse_setting(text: str) -> dict[str, Any]:
     except yaml.YAMLError:
         raise ConfigError(f"the value in {text!r} is not valid YAML") from None
     if isinstance(parsed, str):
-        try:
+        with contextlib.suppress(ValueError):
             parsed = float(parsed)  # YAML 1.1 reads 1e-3 as text
-        except ValueError:
-            pass
-    for part in reversed(key.strip().split(".")):
+    section, *rest = key.strip().split(".")
+    for part in reversed(rest):
         parsed = {part: parsed}
-    return parsed  # type: ignore[no-any-return]
+    return {section: parsed}
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

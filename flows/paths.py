@@ -1,6 +1,7 @@
 """Where things lie. Two roots:
 
-- the *workspace*: the current directory, which holds dvc.yaml, params.yaml and artifacts/. Stages only use this one.
+- the *workspace*: the current directory, which holds dvc.yaml, params.yaml and artifacts/. Stages use only
+  this one.
 - the *home*: the clone itself, which holds what all workspaces share: MLflow's database, scratch checkpoints,
   downloads. A workspace made for a recipe (`.trunkline/workspaces/…`) and DVC's temporary experiment
   folders (`.dvc/tmp/exps/…`) lie inside the home.

@@ -1,15 +1,19 @@
 """The flow: DVC's stages one task each, then registration, promotion, smoke test and report.
 
-Prefect decides when, retries and shows; DVC decides what has to run. Tasks never cache results: "is this computed
-already" is DVC's question. `python -m flows.cli run` starts it; a deployment may call `pipeline` with the same arguments.
+Prefect decides when, retries and shows; DVC decides what has to run. Tasks never cache results: "is this
+computed already" is DVC's question. `python -m flows.cli run` starts it; a deployment may call `pipeline`
+with the same arguments.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import logging
 import os
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,14 +25,14 @@ environment.prepare()
 from prefect import flow, get_run_logger, task  # noqa: E402  # Prefect reads its settings at import
 from prefect.artifacts import create_markdown_artifact, create_table_artifact  # noqa: E402
 from prefect.cache_policies import NO_CACHE  # noqa: E402
+from prefect.client.schemas import State  # noqa: E402
 from prefect.context import FlowRunContext  # noqa: E402
 from prefect.futures import PrefectFuture  # noqa: E402
-from prefect.states import State  # noqa: E402
 from prefect.task_runners import ThreadPoolTaskRunner  # noqa: E402
 
 from flows import dvc_stage, files, paths, promotion, smoke, tracking, workspace  # noqa: E402
 from flows.dvc_stage import StageFailed, StageInfo  # noqa: E402
-from flows.errors import TrunklineError  # noqa: E402
+from flows.errors import ResourceError, TrunklineError  # noqa: E402
 from flows.params import Params, flatten  # noqa: E402
 from flows.report import build_report  # noqa: E402
 from flows.tracking import MlflowRun, Version  # noqa: E402
@@ -51,7 +55,7 @@ _stopping = threading.Event()
 
 
 def _can_retry(task: Any, run: Any, state: State[Any]) -> bool:
-    """Only lost processes and locks; a failed gate, a bad parameter or a diverged loss fails the same way again."""
+    """Only lost processes and locks; a failed gate, a bad parameter or a diverged loss fails again."""
     try:
         state.result()
     except StageFailed as error:
@@ -133,7 +137,7 @@ def pipeline(dataset: str = "", recipe: str = "", settings: list[str] | None = N
     if place.settings:
         tags["trunkline.overrides"] = " ".join(f"-S {setting}" for setting in place.settings)
     os.chdir(root)  # params, provenance and relative paths of this run are those of its workspace
-    with tracking.pipeline_run(params, name=root.name, tags=tags) as run:
+    with _alone_in(root), tracking.pipeline_run(params, name=root.name, tags=tags) as run:
         logger.info("workspace %s", root)
         try:
             outcomes = _run_stages(params, root, run)
@@ -147,13 +151,31 @@ def pipeline(dataset: str = "", recipe: str = "", settings: list[str] | None = N
     return summary
 
 
+@contextlib.contextmanager
+def _alone_in(root: Path) -> Iterator[None]:
+    """Refuse a second run of the same workspace; different workspaces may run at once.
+
+    Raises:
+        ResourceError: another run is active.
+    """
+    folder = paths.home() / ".trunkline" / "locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f"{root.name}.lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ResourceError(f"another run is active in {root}; wait for it or stop it") from None
+        yield
+
+
 def _run_stages(params: Params, root: Path, run: MlflowRun) -> list[dict[str, Any]]:
     """Submit every stage in DVC's order; each starts when the ones it needs are done."""
     variables = {tracking.PARENT_VARIABLE: run.run_id, "TRUNKLINE_FLOW_PID": str(os.getpid())}
     variables["MLFLOW_TRACKING_URI"] = tracking.tracking_uri(params)
     sections = params.model_dump()
     futures: dict[str, PrefectFuture[Any]] = {}
-    with ThreadPoolTaskRunner(max_workers=params.pipeline.parallel_stages) as runner:
+    runner: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=params.pipeline.parallel_stages)
+    with runner:
         try:
             for info in dvc_stage.read_graph(root):
                 if info.family in LABELS_NEEDED and not _is_labelled(futures, root):
@@ -202,7 +224,7 @@ def _stop_children() -> None:
 
 
 def _deliver(params: Params, root: Path, run: MlflowRun, outcomes: list[dict[str, Any]]) -> dict[str, Any]:
-    """Everything with an effect outside the workspace, in order; the report last, because it tells of the rest."""
+    """Everything with an effect outside the workspace; the report last, because it tells of the rest."""
     summary: dict[str, Any] = {
         "workspace": str(root),
         "tracking_uri": tracking.tracking_uri(params),

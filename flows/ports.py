@@ -19,7 +19,8 @@ def require_free(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise ResourceError(
-                f"cannot listen on {host}:{port} ({error.strerror}); choose another port or stop the program that holds it"
+                f"cannot listen on {host}:{port} ({error.strerror}); "
+                "choose another port or stop the program that holds it"
             ) from None
 
 

@@ -1,7 +1,7 @@
 """From an exported folder to a registered version, and from `challenger` to `champion`.
 
-Effects outside the workspace live here and in other flows, never in DVC stages. The gates are absolute limits from
-params.yaml plus the comparison with the present champion.
+Effects outside the workspace live here and in other flows, never in DVC stages. The gates are absolute limits
+from params.yaml plus the comparison with the present champion.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Decision:
 
 
 def register_export(params: Params, root: Path, run: MlflowRun) -> Version:
-    """Register `root`/artifacts/export as challenger; an export that is registered already is found by its digest."""
+    """Register `root`/artifacts/export as challenger; one registered already is found by its digest."""
     manifest = files.read_json(root / paths.EXPORT / "manifest.json")
     name = params.registered_model(files.read_json(root / paths.DATA / "manifest.json")["name"])
     digest = manifest["variants"]["fp32"]["digest"]
@@ -115,7 +115,8 @@ def locked_md5(root: Path, stage: str, output: Path) -> str:
 def decide(params: Params, root: Path, version: Version) -> Decision:
     """Check the gates and, if all pass, make `version` the champion; the old champion becomes `previous`.
 
-    A failed gate changes no alias. Every gate leaves the tag `gate.<name> = passed|failed: reason` on the version.
+    A failed gate changes no alias. Every gate leaves a tag on the version:
+    `gate.<name> = passed|failed: reason`.
     """
     champion = tracking.alias(params, version.name, CHAMPION)
     if champion is not None and champion.version == version.version:
@@ -140,7 +141,8 @@ def decide(params: Params, root: Path, version: Version) -> Decision:
 
 
 def check_gates(params: Params, root: Path, version: Version, champion: Version | None) -> tuple[Gate, ...]:
-    """Absolute floors, then the comparison with `champion`; all are checked, so that all reasons are known."""
+    """Absolute floors, then the comparison with `champion`; all are checked, so that all reasons are
+    known."""
     limits = params.registry
     top1 = measured_top1(root)
     parity = files.read_json(root / paths.PARITY / "parity.json")

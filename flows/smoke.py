@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import httpx
 
@@ -66,14 +67,15 @@ def _compare(answer: dict[str, object], recorded: dict[str, str]) -> None:
     difference = abs(float(str(answer["confidence"])) - float(recorded["confidence"]))
     if not same or difference > CONFIDENCE_TOLERANCE:
         raise GateFailed(
-            f"smoke test: {recorded['key']}: the server says class {answer['index']} ({answer['confidence']}), "
+            f"smoke test: {recorded['key']}: "
+            f"the server says class {answer['index']} ({answer['confidence']}), "
             f"evaluation recorded {recorded['predicted']} ({recorded['confidence']})"
         )
 
 
 @contextlib.contextmanager
 def server(root: Path, version: Version) -> Iterator[str]:
-    """`trunkline serve vision` as a child process on a free loopback port; yields its address once it is ready."""
+    """`trunkline serve vision` as a child process on a free loopback port; yields its address once ready."""
     port = free_port()
     command = [sys.executable, "-m", "flows.cli", "serve", "vision", "--model", version.name]
     command += ["--version", version.version, "--host", "127.0.0.1", "--port", str(port), "--variant", "fp32"]
@@ -94,13 +96,13 @@ def server(root: Path, version: Version) -> Iterator[str]:
                 process.wait()
 
 
-def _wait_ready(process: subprocess.Popen[bytes], address: str, log: object) -> None:
+def _wait_ready(process: subprocess.Popen[bytes], address: str, log: IO[bytes]) -> None:
     deadline = time.monotonic() + READY_S
     while time.monotonic() < deadline and process.poll() is None:
         with contextlib.suppress(httpx.HTTPError):
             if httpx.get(f"{address}/v2/health/ready", timeout=2).status_code == 200:
                 return
         time.sleep(0.1)
-    log.seek(0)  # type: ignore[attr-defined]
-    said = log.read().decode(errors="replace")[-2000:]  # type: ignore[attr-defined]
+    log.seek(0)
+    said = log.read().decode(errors="replace")[-2000:]
     raise GateFailed(f"smoke test: the server did not get ready:\n{said}")

@@ -16,6 +16,8 @@ and may look at `stage.cell` (matrix stages), `stage.stop_requested()` (long wor
 from __future__ import annotations
 
 import argparse
+import functools
+import json
 import os
 import signal
 import sys
@@ -24,11 +26,17 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import psutil
+
 from flows import files, params, paths, tracking
-from flows.errors import TrunklineError, explain_os_error
+from flows.errors import Interrupted, PeerLost, TrunklineError, explain
 from flows.params import Params
 
 ORPHAN_CHECK_S = 1.0
+ECHO_S = 2.0
+"""A second signal within this time is the first one's echo: sent to the process as well as to its group or
+agent."""
+SHELLS = {"bash", "dash", "fish", "ksh", "sh", "tcsh", "zsh"}
 
 
 @dataclass
@@ -69,8 +77,14 @@ def run_stage(
     body: Callable[[Params, Stage], None],
     argv: list[str] | None = None,
     cells: list[str] | None = None,
+    stops_itself: bool = False,
 ) -> int:
-    """Run `body`, turn errors into one line and an exit code (see flows.errors), write the receipt on rank 0."""
+    """Run `body`, turn errors into a line and an exit code (flows.errors), write the receipt on rank 0.
+
+    Args:
+        cells: values of `--cell`, for matrix stages.
+        stops_itself: `body` looks at `stage.stop_requested()`; else a signal breaks it off at once.
+    """
     parser = argparse.ArgumentParser(
         prog=f"python -m flows.stages.{name}", description=sys.modules[body.__module__].__doc__
     )
@@ -82,26 +96,32 @@ def run_stage(
     try:
         paths.workspace()
         checked = params.load()
-        _watch_signals(stage)
+        _watch_signals(stage, stops_itself)
         with tracking.stage_run(stage.name, stage.cell, checked) as stage.run:
             body(checked, stage)
             duration = time.monotonic() - started
             if is_main_process():
                 _write_receipt(stage, duration)
         return 0
-    except TrunklineError as error:
-        return _fail(stage, str(error), error.exit_code)
-    except OSError as error:
-        explained = explain_os_error(error)
+    except Exception as error:
+        explained = explain(error)
         if explained is None:
             raise
-        return _fail(stage, str(explained), explained.exit_code)
+        _say(stage, explained)
+        return explained.exit_code
 
 
-def _fail(stage: Stage, message: str, exit_code: int) -> int:
-    if is_main_process():
-        print(f"error: {stage.label}: {message}", file=sys.stderr, flush=True)
-    return exit_code
+def _say(stage: Stage, error: TrunklineError) -> None:
+    """One line on stderr, also when only one of several processes knows of the mistake: then through
+    torchrun's agent (flows.launch), which prints the line of the process that failed first."""
+    if isinstance(error, PeerLost):
+        return  # that other process, or the agent, says it
+    if (path := os.environ.get("TORCHELASTIC_ERROR_FILE")) and not isinstance(error, Interrupted):
+        record = {"message": f"{stage.label}: {error}", "extraInfo": {"timestamp": str(int(time.time()))}}
+        with open(path, "w") as file:
+            json.dump({"message": record}, file)
+    elif is_main_process():
+        print(f"error: {stage.label}: {error}", file=sys.stderr, flush=True)
 
 
 def _write_receipt(stage: Stage, duration_s: float) -> None:
@@ -117,42 +137,71 @@ def _write_receipt(stage: Stage, duration_s: float) -> None:
     )
 
 
-def _watch_signals(stage: Stage) -> None:
-    """Ask the stage to stop on SIGINT/SIGTERM (a second signal ends it at once) and when its parent dies.
+def _watch_signals(stage: Stage, stops_itself: bool) -> None:
+    """Ask the stage to stop on SIGINT/SIGTERM, or when what started it dies; a second signal ends it at once.
 
-    The parent check covers what a process group cannot: a killed DVC or flow would leave the stage running as an
-    orphan beside the next attempt (DVC ignores SIGINT while a command runs and does not forward SIGTERM).
+    A worker of torchrun's agent gets signals twice (the agent passes them on) and is killed by the agent if
+    it takes too long, so there the second one has no meaning.
     """
+    first_s = 0.0
 
     def handle(signum: int, frame: object) -> None:
-        if stage.stop_requested():
+        nonlocal first_s
+        if not stage.stop_requested():
+            first_s = time.monotonic()
+            stage.request_stop()
+            if not stops_itself:  # outputs are replaced as a whole, so this leaves nothing half done
+                raise Interrupted("stopped; the same command starts this stage again")
+        elif time.monotonic() - first_s > ECHO_S and "TORCHELASTIC_RUN_ID" not in os.environ:
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
-        stage.request_stop()
 
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, handle)
+    stop_when_orphaned()
 
-    watched = [os.getppid()] if "DVC_STAGE" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ else []
-    flow = int(os.environ.get("TRUNKLINE_FLOW_PID", "0"))
 
-    def orphaned() -> bool:
-        return bool(watched and os.getppid() != watched[0]) or bool(flow and not _alive(flow))
+@functools.cache
+def stop_when_orphaned() -> None:
+    """Send this process SIGTERM when DVC, the flow or torchrun's agent that it works for is gone. Starts one
+    thread.
+
+    This covers what a process group cannot: a killed DVC or flow would leave the stage running as an orphan
+    beside the next attempt (DVC ignores SIGINT while a command runs and does not forward SIGTERM).
+    """
+    try:
+        guardians = [psutil.Process(pid) for pid in _guardians()]
+    except psutil.NoSuchProcess:  # already gone
+        os.kill(os.getpid(), signal.SIGTERM)
+        return
 
     def watch() -> None:
-        while not stage.stop_requested():
-            if orphaned():
-                stage.request_stop()
+        while all(_is_alive(process) for process in guardians):
             time.sleep(ORPHAN_CHECK_S)
+        os.kill(os.getpid(), signal.SIGTERM)
 
-    threading.Thread(target=watch, daemon=True, name="orphan-watch").start()
+    if guardians:
+        threading.Thread(target=watch, daemon=True, name="orphan-watch").start()
 
 
-def _alive(pid: int) -> bool:
+def _guardians() -> list[int]:
+    """Process ids without which this one's work is not wanted."""
+    pids = []
+    if "DVC_STAGE" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
+        pids.append(os.getppid())
+        parent = psutil.Process(os.getppid())
+        if (
+            parent.name() in SHELLS and parent.ppid()
+        ):  # DVC runs commands in a shell; not all shells exec the last one
+            pids.append(parent.ppid())
+    if flow := int(os.environ.get("TRUNKLINE_FLOW_PID", "0")):
+        pids.append(flow)
+    return pids
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    """False also for a zombie, and when the pid has been given to another process."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
-    except PermissionError:
-        pass
-    return True

@@ -50,7 +50,8 @@ def summary_lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _data(metrics: dict[str, Any]) -> str:
     return (
-        f"{metrics['images']} images ({metrics['train']} train, {metrics['val']} val, {metrics['test']} test), "
+        f"{metrics['images']} images "
+        f"({metrics['train']} train, {metrics['val']} val, {metrics['test']} test), "
         f"{metrics['classes']} classes, {metrics['quarantined']} quarantined"
     )
 
@@ -63,24 +64,27 @@ def _stages(summary: dict[str, Any]) -> str:
 
 def _pretrained(metrics: dict[str, Any]) -> str:
     return (
-        f"{metrics['backbone']}, {metrics['parameters'] / 1e6:.2f} M parameters, SimMIM for {metrics['steps']} steps, "
-        f"validation loss {metrics['val_loss']:.4f}"
+        f"{metrics['backbone']}, {metrics['parameters'] / 1e6:.2f} M parameters, "
+        f"SimMIM for {metrics['steps']} steps, validation loss {metrics['val_loss']:.4f}"
     )
 
 
 def _accuracy(pretrained: dict[str, Any], scratch: dict[str, Any]) -> str:
     gain = 100 * (pretrained["top1"] - scratch["top1"])
     return (
-        f"test top-1 {100 * pretrained['top1']:.2f} % ({100 * pretrained['top1_low']:.1f}–{100 * pretrained['top1_high']:.1f}), "
+        f"test top-1 {100 * pretrained['top1']:.2f} % "
+        f"({100 * pretrained['top1_low']:.1f}–{100 * pretrained['top1_high']:.1f}), "
         f"from scratch {100 * scratch['top1']:.2f} %: pretraining is worth {gain:+.2f} points"
     )
 
 
 def _export(parity: dict[str, Any], export: dict[str, Any]) -> str:
     return (
-        f"fp32 within {parity['fp32_max_abs_error']:.1e} of PyTorch at {parity['speed_fp32_over_pytorch']:.1f}x its "
-        f"speed; int8 agrees on {100 * parity['int8_agreement']:.1f} % at {parity['speed_int8_over_fp32']:.1f}x the "
-        f"speed and {export['int8_size_ratio']:.2f}x the size of fp32"
+        f"fp32 within {parity['fp32_max_abs_error']:.1e} of PyTorch "
+        f"at {parity['speed_fp32_over_pytorch']:.1f}x its speed; "
+        f"int8 agrees on {100 * parity['int8_agreement']:.1f} % "
+        f"at {parity['speed_int8_over_fp32']:.1f}x the speed "
+        f"and {export['int8_size_ratio']:.2f}x the size of fp32"
     )
 
 

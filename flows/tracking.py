@@ -1,8 +1,8 @@
 """The one module that knows MLflow: runs of stages, the pipeline's parent run, the model registry.
 
-Rank 0 logs; every other process gets a run that does nothing. One experiment per stage family; the cells of a matrix
-stage are nested in one run of that experiment. All calls go through `MlflowClient` with explicit run ids, because the
-fluent API keeps one active run per thread and silently opens strays in worker threads.
+Rank 0 logs; every other process gets a run that does nothing. One experiment per stage family; the cells of a
+matrix stage are nested in one run of that experiment. All calls go through `MlflowClient` with explicit run
+ids, because the fluent API keeps one active run per thread and silently opens strays in worker threads.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from flows import files, paths
-from flows.errors import Interrupted, ResourceError, explain_os_error
+from flows.errors import Interrupted, ResourceError, explain
 from flows.params import Params, flatten
 
 PARENT_VARIABLE = "TRUNKLINE_PARENT_RUN"
@@ -54,7 +54,7 @@ class Run:
 
 
 class MlflowRun(Run):
-    """A run in the tracking store. Metrics are gathered and sent every few seconds: a call costs about 13 ms."""
+    """A run in the tracking store. Metrics are sent together every few seconds: a call costs about 13 ms."""
 
     def __init__(self, client: Any, run_id: str) -> None:
         super().__init__(run_id)
@@ -96,11 +96,11 @@ class MlflowRun(Run):
         self._pending, self._sent = [], time.monotonic()
 
 
-# ---- the store ------------------------------------------------------------------------------------------------------
+# ---- the store ---------------------------------------------------------------------------------------------
 
 
 def tracking_uri(params: Params) -> str:
-    """`MLFLOW_TRACKING_URI`, or the one in params with a relative SQLite path made absolute in the home clone."""
+    """`MLFLOW_TRACKING_URI`, or the one in params, a relative SQLite path made absolute in the home clone."""
     uri = os.environ.get("MLFLOW_TRACKING_URI") or params.tracking.uri
     if uri.startswith(SQLITE) and not uri.startswith(SQLITE + "/"):
         uri = SQLITE + str(paths.home() / uri.removeprefix(SQLITE))
@@ -131,7 +131,7 @@ def _client(uri: str) -> Any:
             connected = mlflow.MlflowClient(uri)
             connected.search_experiments(max_results=1)
     except Exception as error:
-        if isinstance(error, OSError) and (explained := explain_os_error(error)):
+        if explained := explain(error):
             raise explained from None
         reason = str(error).partition("[SQL:")[0]
         raise ResourceError(
@@ -181,12 +181,12 @@ def _experiment_id(client: Any, name: str) -> str:
         return str(found.experiment_id)
 
 
-# ---- runs -----------------------------------------------------------------------------------------------------------
+# ---- runs --------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def stage_run(stage: str, cell: str | None, params: Params) -> Iterator[Run]:
-    """The run of one stage execution: FINISHED at the end, KILLED when interrupted, FAILED on any other error."""
+    """The run of one stage execution: FINISHED at the end, KILLED if interrupted, FAILED on other errors."""
     if int(os.environ.get("RANK", "0")) != 0 or os.environ.get("TRUNKLINE_TRACKING") == "off":
         yield Run()
         return
@@ -265,7 +265,7 @@ def close_abandoned_runs(params: Params, parent: str) -> int:
     return len(left)
 
 
-# ---- provenance -----------------------------------------------------------------------------------------------------
+# ---- provenance --------------------------------------------------------------------------------------------
 
 
 def provenance_tags() -> dict[str, str]:
@@ -296,11 +296,11 @@ def git_commit() -> str:
 
 @functools.cache
 def git_is_dirty() -> bool:
-    """True when tracked files differ from the commit, what the pipeline itself writes (dvc.lock, metrics) aside."""
+    """True when tracked files differ from the commit, except what the pipeline writes (dvc.lock, metrics)."""
     return bool(_git("status", "--porcelain", "-uno", "--", ".", ":!dvc.lock", ":!artifacts"))
 
 
-# ---- registry -------------------------------------------------------------------------------------------------------
+# ---- registry ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -335,9 +335,8 @@ def versions(params: Params, name: str) -> list[Version]:
     """All versions of model `name`, oldest first; empty when there is no such model."""
     found = client(params).search_model_versions(f"name = '{name}'")
     numbers = sorted(int(version.version) for version in found)
-    return [
-        version_of(params, name, str(number)) for number in numbers
-    ]  # a search does not fill in the aliases
+    # one by one: a search does not fill in the aliases
+    return [version_of(params, name, str(number)) for number in numbers]
 
 
 def model_names(params: Params) -> list[str]:
@@ -372,10 +371,11 @@ def tag_version(params: Params, version: Version, tags: Mapping[str, str]) -> No
 def register_folder(
     params: Params, run: Run, name: str, folder: Path, example: Any, tags: Mapping[str, str]
 ) -> Version:
-    """Store the exported folder, byte for byte, as a new version of model `name` with signature and input example.
+    """Store the exported folder, byte for byte, as a new version of `name` with signature and input example.
 
-    `folder` holds model.onnx; `example` is the input array of one real sample, float32 (1, 3, S, S). MLflow's own
-    `log_model` would rewrite the weights under another file name, so its MLmodel is made first and our files replace its.
+    `folder` holds model.onnx; `example` is the input array of one real sample, float32 (1, 3, S, S). MLflow's
+    own `log_model` would rewrite the weights under another file name, so its MLmodel is made first and our
+    files replace its.
     """
     import mlflow.onnx
     import numpy as np

@@ -1,9 +1,10 @@
 """Which params a command means, and where it runs.
 
-Without overrides that is the clone itself. With a recipe, a data set or `--set`, the params are merged, checked and
-put into a workspace of their own, `.trunkline/workspaces/<name>/`: a copy of the code and dvc.yaml with its own
-params.yaml, dvc.lock and artifacts/, sharing the clone's DVC cache. So params.yaml never changes silently, results of
-two recipes stand side by side, and every run is a plain `dvc repro` in its folder.
+Without overrides that is the clone itself. With a recipe, a data set or `--set`, the params are merged,
+checked and put into a workspace of their own, `.trunkline/workspaces/<name>/`: a copy of the code and
+dvc.yaml with its own params.yaml, dvc.lock and artifacts/, sharing the clone's DVC cache. So params.yaml
+never changes silently, results of two recipes stand side by side, and every run is a plain `dvc repro` in its
+folder.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Workspace:
 
 
 def prepare(dataset: str = "", recipe: str = "", settings: Sequence[str] = ()) -> Workspace:
-    """Merge params.yaml, then the data set's recipe, then `recipe`, then `settings`; make the folder if needed.
+    """Merge params.yaml, the data set's recipe, `recipe`, `settings`, in this order; make the folder.
 
     Raises:
         ConfigError: an unknown recipe or key, an impossible value.
@@ -91,8 +92,8 @@ def _populate(root: Path, home: Path, values: dict[str, Any]) -> None:
     for name in CODE:
         _mirror(home / name, root / name)
     _write_if_changed(root / "params.yaml", yaml.safe_dump(values, sort_keys=False).encode())
-    # its own DVC root without git; the same cache, so that equal stages are computed once. The path is relative,
-    # because DVC's config would cut one with `#`, commas or quotes in the clone's name
+    # its own DVC root without git; the same cache, so that equal stages are computed once. The path is
+    # relative, because DVC's config would cut one with `#`, commas or quotes in the clone's name
     cache = os.path.relpath(home / ".dvc" / "cache", root / ".dvc")
     _write_if_changed(
         root / ".dvc" / "config",

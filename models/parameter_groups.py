@@ -52,7 +52,7 @@ def layer_id(name: str, backbone: Layered) -> int:
     Patch embedding and mask token are 0, block k (over all stages) is k + 1, the merging after a stage counts
     with the stage's last block, and everything else (final norm, head) is at the top.
     """
-    name = name[_WRAPPERS.match(name).end() :]  # type: ignore[union-attr]
+    name = _WRAPPERS.sub("", name)
     if _STEM.match(name):
         return 0
     if found := _BLOCK.match(name):

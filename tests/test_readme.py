@@ -48,7 +48,11 @@ def test_linked_files_exist() -> None:
 
 def test_the_diagram_is_the_graph_of_dvc_yaml() -> None:
     drawn = subprocess.run(
-        [sys.executable, "-m", "dvc", "dag", "--mermaid"], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-m", "dvc", "dag", "--mermaid"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
 
     def edges(text: str) -> set[tuple[str, str]]:

@@ -187,11 +187,13 @@ def eval_batches(
 def even_eval_batches(
     dataset: ImageDataset, preprocessing: Preprocessing, batch_size: int, rank: int, world_size: int
 ) -> Iterator[tuple[Batch, float]]:
-    """`eval_batches` with the same number of batches on every rank, each with its weight: 1, or 0 for a filler.
+    """`eval_batches` with equally many batches on every rank, each with its weight: 1, or 0 for a filler.
 
-    With ZeRO-3 every forward pass is collective, so a rank that ran out of images would leave the others waiting.
+    With ZeRO-3 every forward pass is collective, so a rank that ran out of images would leave the others
+    waiting.
     """
-    rounds = -(-(-(-len(dataset) // world_size)) // batch_size)
+    largest_share = -(-len(dataset) // world_size)
+    rounds = -(-largest_share // batch_size)
     batches = eval_batches(dataset, preprocessing, batch_size, rank, world_size)
     filler: Batch | None = None
     for _ in range(rounds):

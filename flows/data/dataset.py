@@ -75,9 +75,8 @@ class ImageDataset:
             return Image.fromarray(cached)
         try:
             image = imaging.decode(self.encoded(i), max_pixels=self._max_pixels)
-        except (
-            imaging.ImageError
-        ) as error:  # ingest decoded these very bytes, so the limit or Pillow has changed
+        except imaging.ImageError as error:
+            # ingest decoded these very bytes, so the limit or Pillow has changed
             raise DataError(
                 f"image {self.keys[i]} can no longer be decoded ({error}); run ingest again"
             ) from None

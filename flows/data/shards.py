@@ -194,9 +194,8 @@ class ShardReader:
         file = self._files.get(row.shard)
         if file is None:
             file = self._files[row.shard] = io.FileIO(self._folder / row.shard)
-        data = os.pread(
-            file.fileno(), row.size, row.offset
-        )  # no shared file position: forked workers may read too
+        # no shared file position: forked workers may read too
+        data = os.pread(file.fileno(), row.size, row.offset)
         if len(data) != row.size or _crc32(data) != row.crc32:
             raise DataError(f"{self._folder / row.shard} is damaged at {row.key}; run ingest again")
         return data

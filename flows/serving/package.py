@@ -69,7 +69,7 @@ class Manifest:
     source: Mapping[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        return json.loads(  # type: ignore[no-any-return]
+        plain: dict[str, Any] = json.loads(
             json.dumps(
                 {
                     "format": FORMAT,
@@ -87,6 +87,7 @@ class Manifest:
                 }
             )
         )
+        return plain
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Manifest:

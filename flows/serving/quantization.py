@@ -38,7 +38,7 @@ CALIBRATION_BATCH = 16
 QUANTIZED_OPERATORS = ["MatMul", "Gemm"]
 
 
-class _Batches(CalibrationDataReader):  # type: ignore[misc]
+class _Batches(CalibrationDataReader):  # type: ignore[misc]  # untyped
     """Calibration images in order, a batch at a time."""
 
     def __init__(self, input_name: str, images: NDArray[np.float32]) -> None:

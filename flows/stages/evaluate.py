@@ -226,7 +226,7 @@ def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]])
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_stage("evaluate", run, argv, cells=list(CELLS))
+    return run_stage("evaluate", run, argv, cells=list(CELLS), stops_itself=True)
 
 
 if __name__ == "__main__":

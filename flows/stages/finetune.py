@@ -1,14 +1,15 @@
-"""Learn to classify: from the pretrained backbone (cell `pretrained`) and, as control, from random weights (`scratch`).
+"""Learn to classify: from the pretrained backbone (cell `pretrained`) or from random weights (`scratch`).
 
 Files in: artifacts/data, artifacts/subsets and, for `pretrained`, artifacts/pretrain. Files out:
-artifacts/finetune/<cell>. Both cells get the same data, steps and augmentation, so that the difference is what
-pretraining is worth. Layer-wise learning-rate decay follows SimMIM (section 4.1.1); it only makes sense for weights that
-know something already, so the control trains all layers at the full rate.
+artifacts/finetune/<cell>. Both cells get the same data, steps and augmentation, so that the difference is
+what pretraining is worth. Layer-wise learning-rate decay follows SimMIM (section 4.1.1); it only makes sense
+for weights that know something already, so the control trains all layers at the full rate.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +63,11 @@ def run(params: Params, stage: Stage) -> None:
         )
     processes = initialize_processes(training)
     preprocessing = preprocessing_for(manifest, params.model)
-    reading = {"cache_mb": params.loader.cache_mb, "max_pixels": params.ingest.max_pixels}
-    dataset = ImageDataset(paths.DATA, "train", rows=load_subset(paths.SUBSETS, settings.subset), **reading)
-    validation = ImageDataset(paths.DATA, "val", **reading)
+    open_split = partial(
+        ImageDataset, paths.DATA, cache_mb=params.loader.cache_mb, max_pixels=params.ingest.max_pixels
+    )
+    dataset = open_split("train", rows=load_subset(paths.SUBSETS, settings.subset))
+    validation = open_split("val")
     num_classes = len(manifest.classes)
 
     torch.manual_seed(params.seed)  # before the model: the head starts equal in both cells
@@ -152,32 +155,33 @@ def run(params: Params, stage: Stage) -> None:
         on_log=stage.run.log_metrics,
         stop_requested=stage.stop_requested,
     )
-    result = train(job, processes, checkpoints)
+    with checkpoints.hold(stage.stop_requested):
+        result = train(job, processes, checkpoints)
 
-    stage.device_hours = result.seconds * processes.world_size / 3600
-    if processes.is_main:
-        trained = build_model(params, num_classes)
-        trained.load_state_dict(result.weights)
-        folder = paths.FINETUNE / str(stage.cell)
-        config = ClassifierConfig(
-            backbone={"name": params.model.backbone, **params.model.model_dump(exclude={"backbone"})},
-            classes=tuple(manifest.classes),
-            preprocessing=preprocessing,
-            data_digest=manifest.digest,
-        )
-        save_classifier(folder, trained, config)
-        write_curves(folder, result)
-        metrics = {
-            "val_top1": result.validation[-1]["val_top1"],
-            "val_loss": result.validation[-1]["val_loss"],
-            "train_loss": result.curves[-1]["train_loss"],
-            "images_seen": training.steps * training.batch_size,
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        }
-        files.write_json(paths.METRICS / f"finetune-{stage.cell}.json", metrics)
-        print(f"{stage.label}: validation top-1 {metrics['val_top1']:.4f} after {training.steps} steps")
-    processes.barrier()
-    checkpoints.prune()
+        stage.device_hours = result.seconds * processes.world_size / 3600
+        if processes.is_main:
+            trained = build_model(params, num_classes)
+            trained.load_state_dict(result.weights)
+            folder = paths.FINETUNE / str(stage.cell)
+            config = ClassifierConfig(
+                backbone={"name": params.model.backbone, **params.model.model_dump(exclude={"backbone"})},
+                classes=tuple(manifest.classes),
+                preprocessing=preprocessing,
+                data_digest=manifest.digest,
+            )
+            save_classifier(folder, trained, config)
+            write_curves(folder, result)
+            metrics = {
+                "val_top1": result.validation[-1]["val_top1"],
+                "val_loss": result.validation[-1]["val_loss"],
+                "train_loss": result.curves[-1]["train_loss"],
+                "images_seen": training.steps * training.batch_size,
+                "parameters": sum(parameter.numel() for parameter in trained.parameters()),
+            }
+            files.write_json(paths.METRICS / f"finetune-{stage.cell}.json", metrics)
+            print(f"{stage.label}: validation top-1 {metrics['val_top1']:.4f} after {training.steps} steps")
+        processes.barrier()
+        checkpoints.prune()
 
 
 def build_model(params: Params, num_classes: int) -> Classifier:
@@ -210,7 +214,7 @@ def load_backbone(model: Classifier, path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_stage("finetune", run, argv, cells=CELLS)
+    return run_stage("finetune", run, argv, cells=CELLS, stops_itself=True)
 
 
 if __name__ == "__main__":

@@ -188,7 +188,7 @@ def _print_summary(
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_stage("ingest", run, argv)
+    return run_stage("ingest", run, argv, stops_itself=True)
 
 
 if __name__ == "__main__":

@@ -282,7 +282,7 @@ def _processor() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_stage("parity", run, argv)
+    return run_stage("parity", run, argv, stops_itself=True)
 
 
 if __name__ == "__main__":

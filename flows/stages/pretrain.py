@@ -1,13 +1,15 @@
 """Learn a backbone without labels: SimMIM (arXiv 2111.09886) on the training images, through DeepSpeed.
 
-Files in: artifacts/data, artifacts/subsets. Files out: artifacts/pretrain (weights, config, curves, pictures).
-The validation loss is the L1 error summed over all masked pixels of the validation split, divided by their number,
-in eval mode, on centre crops, with masks seeded by the image: the same for every model (data scaling study).
+Files in: artifacts/data, artifacts/subsets. Files out: artifacts/pretrain (weights, config, curves,
+pictures). The validation loss is the L1 error summed over all masked pixels of the validation split, divided
+by their number, in eval mode, on centre crops, with masks seeded by the image: the same for every model (data
+scaling study).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +59,11 @@ def run(params: Params, stage: Stage) -> None:
     processes = initialize_processes(training)
     manifest = load_manifest(paths.DATA)
     preprocessing = preprocessing_for(manifest, params.model)
-    reading: dict[str, Any] = {"cache_mb": params.loader.cache_mb, "max_pixels": params.ingest.max_pixels}
-    dataset = ImageDataset(paths.DATA, "train", rows=load_subset(paths.SUBSETS, settings.subset), **reading)
-    validation = ImageDataset(paths.DATA, "val", **reading)
+    open_split = partial(
+        ImageDataset, paths.DATA, cache_mb=params.loader.cache_mb, max_pixels=params.ingest.max_pixels
+    )
+    dataset = open_split("train", rows=load_subset(paths.SUBSETS, settings.subset))
+    validation = open_split("val")
 
     torch.manual_seed(params.seed)
     model = build_model(params)
@@ -130,15 +134,16 @@ def run(params: Params, stage: Stage) -> None:
         on_log=stage.run.log_metrics,
         stop_requested=stage.stop_requested,
     )
-    result = train(job, processes, checkpoints)
+    with checkpoints.hold(stage.stop_requested):
+        result = train(job, processes, checkpoints)
 
-    stage.device_hours = result.seconds * processes.world_size / 3600
-    if processes.is_main:
-        trained = build_model(params)
-        trained.load_state_dict(result.weights)
-        write_outputs(params, stage, manifest, result, trained, validation, preprocessing)
-    processes.barrier()
-    checkpoints.prune()
+        stage.device_hours = result.seconds * processes.world_size / 3600
+        if processes.is_main:
+            trained = build_model(params)
+            trained.load_state_dict(result.weights)
+            write_outputs(params, stage, manifest, result, trained, validation, preprocessing)
+        processes.barrier()
+        checkpoints.prune()
 
 
 def build_model(params: Params) -> SimMIM:
@@ -233,7 +238,7 @@ def draw_reconstructions(
 
 
 def _local_deviation(images: torch.Tensor, scaled: torch.Tensor) -> torch.Tensor:
-    """The factor between a pixel's change and its normalised value's, per image and channel (a picture's accuracy)."""
+    """Ratio of a pixel's change to its normalised value's, per image and channel (a picture's accuracy)."""
     spread = scaled.std(dim=(2, 3), keepdim=True).clamp_min(1e-3)
     return images.std(dim=(2, 3), keepdim=True) / spread
 
@@ -247,7 +252,7 @@ def to_pixels(images: torch.Tensor, preprocessing: Preprocessing) -> np.ndarray[
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_stage("pretrain", run, argv)
+    return run_stage("pretrain", run, argv, stops_itself=True)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,8 @@ from flows.stage import Stage, run_stage
 
 def run(params: Params, stage: Stage) -> None:
     manifest = manifests.load(paths.DATA)
-    manifests.verify_shards(
-        paths.DATA, manifest
-    )  # once before all training; reading an image checks it alone
+    # once before all training; reading an image checks it alone
+    manifests.verify_shards(paths.DATA, manifest)
     index = read_index(paths.DATA, manifest.splits["train"])
     labels = [row.label for row in index]
     subsets = draw_subsets(

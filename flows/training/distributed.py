@@ -1,6 +1,6 @@
 """Processes, devices and the DeepSpeed engine.
 
-One process needs nothing; several come from torchrun (`flows.launch`), whose environment variables are read here.
+One process needs nothing; several come from torchrun (`flows.launch`) and read its environment variables.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import logging
 import os
+import warnings
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +24,12 @@ from flows.params import Training
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found nothing better
 
-import deepspeed  # noqa: E402  # reads the accelerator at import
-from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint  # noqa: E402
+import deepspeed  # reads the accelerator at import
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 TIMEOUT = datetime.timedelta(minutes=10)
 BUCKET_MIN, BUCKET_MAX = 1_000_000, 200_000_000
-"""Elements of a communication buffer. DeepSpeed's default of 5e8 is 2 GB, also for a model of a million parameters."""
+"""Elements of a communication buffer. DeepSpeed's default of 5e8 is 2 GB, even for a million parameters."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,10 @@ class Processes:
 def initialize_processes(settings: Training) -> Processes:
     """Join the process group (gloo on the CPU, nccl on GPUs) and set threads and device."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # DeepSpeed would probe for compilers and build a C++ extension for low-latency inference reductions at the first
-    # use: 80 s, and an error without a compiler. Training uses none of its compiled operators.
+    # DeepSpeed's to change; torch would say it at every step
+    warnings.filterwarnings("ignore", r".*torch\.distributed\.\w+` is deprecated", FutureWarning)
+    # DeepSpeed would probe for compilers and build a C++ extension for low-latency inference reductions at
+    # the first use: 80 s, and an error without a compiler. Training uses none of its compiled operators.
     deepspeed.ops.__compatible_ops__ = {}
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it, also for one process
 
@@ -80,13 +83,13 @@ def initialize_processes(settings: Training) -> Processes:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(settings.threads or max(1, len(os.sched_getaffinity(0)) // local))
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = (
-            False  # it would write DeepSpeed's buffers every step
-        )
+        # else DeepSpeed's buffers are filled every step (the module is an object at run time)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if not dist.is_initialized():
         backend = "nccl" if use_cuda else "gloo"
         if world_size == 1:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            store = dist.HashStore()  # type: ignore[attr-defined]  # public, but not in torch's __all__
+            dist.init_process_group(backend, store=store, rank=0, world_size=1)
         else:
             dist.init_process_group(backend, timeout=TIMEOUT)
     deepspeed.init_distributed(dist_backend="nccl" if use_cuda else "gloo", verbose=False)

@@ -1,7 +1,8 @@
 """The training loop: fetch, forward, backward, step, log, save.
 
-Everything random in a step (drop path, masks, mixing) is seeded by (seed, step, process), and the data of a step are a
-pure function of the step, so a resumed run repeats an undisturbed one bit for bit (CPU, same number of processes).
+Everything random in a step (drop path, masks, mixing) is seeded by (seed, step, process), and the data of a
+step are a pure function of the step, so a resumed run repeats an undisturbed one bit for bit (CPU, same
+number of processes).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import nn
 
-from flows.errors import Diverged, Interrupted
+from flows.errors import ConfigError, Diverged, Interrupted
 from flows.params import Training
 from flows.training.checkpoints import Checkpoints
 from flows.training.distributed import Processes, build_engine
@@ -33,7 +34,8 @@ Row = dict[str, float]
 class Job(Generic[Batch]):
     """What is trained: the small interface between a task and the loop.
 
-    `batches(step)` yields the micro-batches of this process from optimiser step `step` on, `accumulation` per step.
+    `batches(step)` yields the micro-batches of this process from optimiser step `step` on, `accumulation` per
+    step.
     `loss(model, batch)` calls the model (DeepSpeed's engine) and returns a scalar.
     `validate(model)` returns metrics; it is called on all processes, in eval mode and without gradients.
     """
@@ -84,20 +86,18 @@ def train(job: Job[Any], processes: Processes, checkpoints: Checkpoints) -> Resu
         Diverged: the loss is not finite; the last checkpoint stays.
         Interrupted: `job.stop_requested` became true; a checkpoint was written.
     """
-    with checkpoints.hold():
-        return _train(job, processes, checkpoints)
-
-
-def _train(job: Job[Any], processes: Processes, checkpoints: Checkpoints) -> Result:
     settings = job.settings
     engine = build_engine(job.model, build_adamw(job.model, job.groups, settings), settings, processes)
-    state, began = _begin(job, engine, checkpoints, processes)
+    state, began, path = _begin(job, engine, checkpoints, processes)
     progress = Progress(job.label or job.name, settings.steps, processes.is_main)
     progress.note(began)
 
     batches = job.batches(state.step)
-    # the sum over processes was saved; it goes on in one of them
-    loss_sum = torch.tensor(state.loss_sum if processes.is_main else 0.0, device=processes.device)
+    # The sum over processes was saved; it goes on in one of them. In double precision a sum of a few
+    # single-precision numbers is exact, so that the curves do not depend on where it was split.
+    loss_sum = torch.tensor(
+        state.loss_sum if processes.is_main else 0.0, dtype=torch.float64, device=processes.device
+    )
     total, stepping = Stopwatch(), Stopwatch()
     spent_before = state.seconds
     engine.train()
@@ -154,22 +154,43 @@ def _train(job: Job[Any], processes: Processes, checkpoints: Checkpoints) -> Res
             )
 
     progress.close()
+    assert (
+        path is not None
+    )  # the last step saves, and a finished run has been resumed from its last checkpoint
     weights = checkpoints.consolidated(engine, path) if processes.is_main else {}
     return Result(weights, state.curves, state.validation, state.seconds, began)
 
 
-def _begin(job: Job[Any], engine: Any, checkpoints: Checkpoints, processes: Processes) -> tuple[_State, str]:
-    """The four ways to begin, in this order: resume, continue, initialise, scratch."""
-    own = checkpoints.complete()
-    if own:
+def _begin(
+    job: Job[Any], engine: Any, checkpoints: Checkpoints, processes: Processes
+) -> tuple[_State, str, Path | None]:
+    """The four ways to begin, in this order: resume, continue, initialise, scratch.
+
+    Returns:
+        the state, a line about it, and the checkpoint it comes from.
+
+    Raises:
+        ConfigError: there is nothing to continue from, or it has had all steps already.
+    """
+    if own := checkpoints.complete():
         state = _State(**checkpoints.load(engine, own[0]))
-        return state, f"resume: step {state.step} from {own[0]}"
+        return state, f"resume: step {state.step} from {own[0]}", own[0]
     if job.continue_from is not None:
+        if not (job.continue_from / "complete.json").is_file():
+            raise ConfigError(
+                f"`{job.name}.continue_from`: {job.continue_from} is not the folder of a whole checkpoint "
+                "(step-…)"
+            )
         state = _State(**Checkpoints(job.continue_from.parent, processes).load(engine, job.continue_from))
-        return state, f"continue: step {state.step} from {job.continue_from}"
+        if state.step >= job.settings.steps:
+            raise ConfigError(
+                f"`{job.name}.continue_from`: {job.continue_from} has had {state.step} steps; "
+                f"{job.name}.training.steps must be larger, found {job.settings.steps}"
+            )
+        return state, f"continue: step {state.step} from {job.continue_from}", job.continue_from
     if job.initialized_from:
-        return _State(), f"initialise: weights from {job.initialized_from}"
-    return _State(), "scratch: random weights"
+        return _State(), f"initialise: weights from {job.initialized_from}", None
+    return _State(), "scratch: random weights", None
 
 
 def _validate(job: Job[Any], engine: Any) -> Row:
@@ -183,7 +204,8 @@ def _validate(job: Job[Any], engine: Any) -> Row:
 def _check_finite(loss: float, job: Job[Any], step: int) -> None:
     if not math.isfinite(loss):
         raise Diverged(
-            f"the loss is {loss} at step {step}; lower {job.name}.training.lr, lengthen warmup_steps or use fp32"
+            f"the loss is {loss} at step {step}; "
+            f"lower {job.name}.training.lr, lengthen warmup_steps or use fp32"
         )
 
 

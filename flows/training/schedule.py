@@ -1,4 +1,4 @@
-"""Learning rate as a pure function of the step (SimMIM, section 4.1; data scaling study for the step schedule)."""
+"""Learning rate as a pure function of the step (SimMIM, section 4.1; step schedule: data scaling study)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from flows.params import Training
 def learning_rate(step: int, settings: Training) -> float:
     """Learning rate of optimiser step `step` (from 0) of `settings.steps`.
 
-    Linear warm-up from `warmup_lr`; the cosine runs from the end of the warm-up (not from step 0, which would make
-    the rate jump when the warm-up ends) to `min_lr` at the last step. The step schedule multiplies by `step_factor`
-    from `step_at * steps` on.
+    Linear warm-up from `warmup_lr`; the cosine runs from the end of the warm-up (not from step 0, which would
+    make the rate jump when the warm-up ends) to `min_lr` at the last step. The step schedule multiplies by
+    `step_factor` from `step_at * steps` on.
     """
     if step < settings.warmup_steps:
         return settings.warmup_lr + (settings.lr - settings.warmup_lr) * step / settings.warmup_steps

@@ -105,7 +105,7 @@ class WindowGeometry(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WindowGeometry:
         # Every .to(), .half(), .cuda() and .to_empty() comes through here; only the device is taken over.
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's
         self._build_tables(self.relative_coords.device)
         return self
 

@@ -63,6 +63,12 @@ def test_a_missing_key_is_named(raw_params: dict[str, Any]) -> None:
         check(raw_params, "params.yaml")
 
 
+def test_a_mistyped_key_is_shown_as_it_was_written(raw_params: dict[str, Any]) -> None:
+    raw_params["sead"] = raw_params.pop("seed")
+    with pytest.raises(ConfigError, match="unknown key `sead`"):
+        check(raw_params, "params.yaml")
+
+
 @pytest.mark.parametrize("text", ["", "a: [", "- 1\n- 2\n", "\x00"])
 def test_a_damaged_file_is_one_line(text: str, tmp_path: Path) -> None:
     path = tmp_path / "params.yaml"

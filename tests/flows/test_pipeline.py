@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import tiny_clone
 
-from flows import files, paths, pipeline, promotion, smoke, tracking
+from flows import files, paths, pipeline, promotion, smoke, tracking, workspace
 from flows.dvc_stage import StageFailed
 from flows.params import Params
 from flows.tracking import Version
@@ -124,11 +124,11 @@ def test_a_stage_killed_once_is_tried_again(clone: Path) -> None:
 
 
 def test_retries_end(clone: Path) -> None:
-    (clone / "ingest.sh").write_text("kill -KILL $$\n")
+    root = workspace.prepare(settings=["pipeline.retries=1"]).root
+    (root / "ingest.sh").write_text("kill -KILL $$\n")
     with pytest.raises(StageFailed) as caught:
         pipeline.pipeline(settings=["pipeline.retries=1"])
     assert caught.value.exit_code == -9
-    root = next(paths.workspaces().iterdir())
     assert tiny_clone.executed(root) == ["ingest", "ingest"]
     assert tiny_clone.executed(clone) == [], "overrides run in a folder of their own"
 

@@ -168,9 +168,8 @@ def test_paired_difference_covers_the_truth() -> None:
     generator = torch.Generator().manual_seed(2)
     covered = 0
     for _ in range(400):
-        draw = torch.rand(
-            300, generator=generator
-        )  # < .06: only first right; < .09: only second; < .2: neither
+        # < .06: only first right; < .09: only second; < .2: neither
+        draw = torch.rand(300, generator=generator)
         first, second = (draw < 0.06) | (draw >= 0.2), ((draw >= 0.06) & (draw < 0.09)) | (draw >= 0.2)
         interval = metrics.paired_difference(first, second)
         covered += interval.low <= 0.03 <= interval.high

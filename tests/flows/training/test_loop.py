@@ -55,7 +55,7 @@ def run(
     make: Callable[[], nn.Module] = Net,
     **job: Any,
 ) -> Result:
-    """Train from scratch or resume in `folder`; `stop_at` asks to stop after that many steps of this attempt."""
+    """Train from scratch or resume in `folder`; `stop_at` asks to stop after so many steps of it."""
     processes = initialize_processes(settings)
     taken = 0
 
@@ -88,7 +88,9 @@ def run(
         stop_requested=lambda: stop_at is not None and taken >= stop_at,
         **job,
     )
-    return train(described, processes, Checkpoints(folder, processes))
+    checkpoints = Checkpoints(folder, processes)
+    with checkpoints.hold():
+        return train(described, processes, checkpoints)
 
 
 def same(left: Result, right: Result) -> bool:
