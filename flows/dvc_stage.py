@@ -12,6 +12,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import psutil
+import yaml
 
 from flows import files, paths
 from flows.errors import RETRYABLE_EXIT_CODES, Interrupted, TrunklineError
@@ -55,7 +57,7 @@ class StageInfo:
 
 
 def read_graph(root: Path) -> list[StageInfo]:
-    """Stages of `root`/dvc.yaml in an order in which each comes after what it needs.
+    """Stages in the order of `root`/dvc.yaml, as far as each comes after what it needs.
 
     Raises:
         TrunklineError: dvc.yaml or params.yaml cannot be read by DVC.
@@ -67,8 +69,10 @@ def read_graph(root: Path) -> list[StageInfo]:
     try:
         with Repo(str(root)) as repo:
             graph = repo.index.graph  # edges point from a stage to what it needs
+            families = list(yaml.safe_load((root / "dvc.yaml").read_text())["stages"])
             order = networkx.lexicographical_topological_sort(
-                graph.reverse(), key=lambda stage: stage.addressing
+                graph.reverse(),
+                key=lambda stage: (families.index(stage.name.partition("@")[0]), stage.name),
             )
             return [
                 StageInfo(
@@ -166,18 +170,30 @@ def terminate_tree(pid: int, patience_s: float = TERMINATE_S) -> None:
         descendants = [*reversed(root.children(recursive=True))]
     except psutil.NoSuchProcess:
         return
-    alive = _end(descendants, patience_s)
+    _signal(descendants, signal.SIGTERM)
+    _wait(descendants, patience_s)
     if descendants:
-        psutil.wait_procs([root], timeout=min(LAST_WORDS_S, patience_s))
-    alive += _end([root], patience_s)
-    for process in alive:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.send_signal(signal.SIGKILL)
+        _wait([root], min(LAST_WORDS_S, patience_s))
+    _signal([root], signal.SIGTERM)
+    _wait([root], patience_s)
+    _signal([*descendants, root], signal.SIGKILL)
 
 
-def _end(processes: list[psutil.Process], patience_s: float) -> list[psutil.Process]:
-    """SIGTERM; returns those that are still there after `patience_s`."""
+def _signal(processes: list[psutil.Process], signum: int) -> None:
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
-            process.send_signal(signal.SIGTERM)
-    return list(psutil.wait_procs(processes, timeout=patience_s)[1])
+            process.send_signal(signum)
+
+
+def _wait(processes: list[psutil.Process], patience_s: float) -> None:
+    """Until all have ended; one whose parent has not asked for its exit code yet has ended, too."""
+    deadline = time.monotonic() + patience_s
+    while any(_is_running(process) for process in processes) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def _is_running(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False

@@ -239,6 +239,8 @@ def test_the_graph_tells_needs_and_sections(in_folder: Path) -> None:
     write_pipeline(
         in_folder,
         """
+        alone:
+          cmd: 'true'
         second:
           cmd: 'true'
           deps: [made]
@@ -249,7 +251,11 @@ def test_the_graph_tells_needs_and_sections(in_folder: Path) -> None:
         """,
     )
     (in_folder / "params.yaml").write_text("seed: 0\nmodel: {size: 1}\n")
-    first, second = read_graph(in_folder)
+    alone, first, second = sorted(read_graph(in_folder), key=lambda info: info.name)
+    assert [info.name for info in read_graph(in_folder)] == ["alone", "first", "second"], (
+        "as written, needs first"
+    )
+    assert (alone.name, alone.needs) == ("alone", ())
     assert (first.name, first.needs, first.sections) == ("first", (), ())
     assert (second.name, second.needs) == ("second", ("first",))
     assert set(second.sections) == {"seed", "model.size"}
