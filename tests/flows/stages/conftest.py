@@ -10,9 +10,6 @@ from typing import Any
 import pytest
 import training_workspace
 
-from flows import plots
-from flows.stages import pretrain
-
 
 @pytest.fixture(scope="session")
 def ingested(tmp_path_factory: pytest.TempPathFactory) -> Path:

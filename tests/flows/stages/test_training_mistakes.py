@@ -1,4 +1,5 @@
-"""What goes wrong in training is said in one line with the right exit code, and costs nothing that was done."""
+"""What goes wrong in training is said in one line with the right exit code, and costs nothing that was
+done."""
 
 from __future__ import annotations
 
@@ -34,8 +35,19 @@ def test_a_diverging_loss_stops_and_keeps_the_last_good_checkpoint(
 ) -> None:
     """The learning rate grows to absurdity during a long warm-up: the first steps are fine."""
     folder = enter(
-        {"pretrain": {"training": {**SHORT, "steps": 60, "warmup_steps": 59, "lr": 1e38, "warmup_lr": 1e-9, "log_every": 1,
-                                   "checkpoint_every": 1}}}
+        {
+            "pretrain": {
+                "training": {
+                    **SHORT,
+                    "steps": 60,
+                    "warmup_steps": 59,
+                    "lr": 1e38,
+                    "warmup_lr": 1e-9,
+                    "log_every": 1,
+                    "checkpoint_every": 1,
+                }
+            }
+        }
     )
     assert pretrain.main([]) == 12
     assert "lower pretrain.training.lr" in error_line(capsys)
@@ -79,13 +91,17 @@ def test_a_damaged_shard_is_named(enter: Any, capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize("key", ["initialize_from", "continue_from"])
-def test_a_beginning_that_is_not_there_is_named(enter: Any, capsys: pytest.CaptureFixture[str], key: str) -> None:
+def test_a_beginning_that_is_not_there_is_named(
+    enter: Any, capsys: pytest.CaptureFixture[str], key: str
+) -> None:
     enter({"pretrain": {key: "nowhere/step-00000010", "training": SHORT}})
     assert pretrain.main([]) == 11
     assert f"`pretrain.{key}`" in error_line(capsys)
 
 
-def test_continuing_a_run_that_has_had_all_steps_is_refused(enter: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_continuing_a_run_that_has_had_all_steps_is_refused(
+    enter: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     first = enter({"pretrain": {"training": SHORT}}, "first")
     pretrain.write_outputs, written = _stop_before_outputs(), pretrain.write_outputs
     try:
@@ -114,9 +130,10 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_serves(
     whole = enter({"pretrain": {"training": SHORT}}, "whole")
     assert pretrain.main([]) == 0
     folder = enter({"pretrain": {"training": SHORT}}, "torn")
-    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+    with monkeypatch.context() as patch:
         patch.setattr(pretrain, "write_outputs", _stop_before_outputs())
-        pretrain.main([])
+        with pytest.raises(InterruptedError):
+            pretrain.main([])
     newest = next((folder / "scratch" / "pretrain").glob("*/step-00000009"))
     for path in newest.glob("*.pt"):
         path.write_bytes(path.read_bytes()[:1000])

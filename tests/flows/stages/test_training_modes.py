@@ -1,4 +1,5 @@
-"""Training in every mode gives what it should: the same losses where the mathematics is the same, and it learns."""
+"""Training in every mode gives what it should: the same losses where the mathematics is the same, and it
+learns."""
 
 from __future__ import annotations
 
@@ -10,7 +11,6 @@ import torch
 import training_workspace as workspaces
 from safetensors.torch import load_file
 
-
 import models
 from flows import params, paths
 from flows.data import ImageDataset, even_eval_batches, load_manifest, preprocessing_for, to_model_input
@@ -21,7 +21,14 @@ from models.classification import Classifier
 from models.pretext.masks import masks_from_ids, upsample_masks
 from models.pretext.simmim import SimMIM
 
-SHORT = {"steps": 6, "warmup_steps": 2, "log_every": 1, "validate_every": 3, "checkpoint_every": 3, "clip_grad": 0.5}
+SHORT = {
+    "steps": 6,
+    "warmup_steps": 2,
+    "log_every": 1,
+    "validate_every": 3,
+    "checkpoint_every": 3,
+    "clip_grad": 0.5,
+}
 PLAIN = {"mixup": 0.0, "cutmix": 0.0, "label_smoothing": 0.0, "drop_path": 0.0}
 
 
@@ -54,12 +61,16 @@ def assert_weights_load(workspace: Path, config: dict[str, Any]) -> None:
     assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in weights.values())
 
 
-# ---- modes ----------------------------------------------------------------------------------------------------------
+# ---- modes
+# ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("precision", "stages", "steps", "tolerance"),
-    [("fp32", (1, 2, 3), 6, 1e-5), ("bf16", (0, 1, 3), 3, 0.03)],  # the processor has no bf16: every step is slow
+    [
+        ("fp32", (1, 2, 3), 6, 1e-5),
+        ("bf16", (0, 1, 3), 3, 0.03),
+    ],  # the processor has no bf16: every step is slow
 )
 def test_every_zero_stage_trains_alike(
     enter: Any, precision: str, stages: tuple[int, ...], steps: int, tolerance: float
@@ -77,13 +88,16 @@ def test_activation_checkpointing_changes_nothing(enter: Any) -> None:
     plain = pretrained(enter, "plain")
     checkpointed = pretrained(enter, "checkpointed", activation_checkpointing=True)
     assert losses(checkpointed) == pytest.approx(losses(plain), abs=1e-6)
-    left, right = (load_file(folder / paths.PRETRAIN / "model.safetensors") for folder in (plain, checkpointed))
+    left, right = (
+        load_file(folder / paths.PRETRAIN / "model.safetensors") for folder in (plain, checkpointed)
+    )
     for name in left:
         torch.testing.assert_close(left[name], right[name], atol=1e-5, rtol=1e-4)
 
 
 def test_accumulation_and_a_second_process_change_nothing(enter: Any) -> None:
-    """The same images in the same steps, however they are divided; drop path, mixing and masks would be drawn anew."""
+    """The same images in the same steps, however they are divided; drop path, mixing and masks would be
+    drawn anew."""
     whole = finetuned(enter, "whole")
     halves = finetuned(enter, "halves", accumulation=2)
     folder = enter({"finetune": {**PLAIN, "training": {**SHORT, "processes": 2}}}, "pair")
@@ -91,8 +105,13 @@ def test_accumulation_and_a_second_process_change_nothing(enter: Any) -> None:
     assert attempt.wait() == 0, attempt.output
     for other in (halves, folder):
         assert losses(other, "finetune/scratch") == pytest.approx(losses(whole, "finetune/scratch"), abs=1e-4)
-        assert val_losses(other, "finetune/scratch") == pytest.approx(val_losses(whole, "finetune/scratch"), abs=1e-4)
-        norms = [[norm for *_, norm in workspaces.curves(run, "finetune/scratch")["curves"]] for run in (whole, other)]
+        assert val_losses(other, "finetune/scratch") == pytest.approx(
+            val_losses(whole, "finetune/scratch"), abs=1e-4
+        )
+        norms = [
+            [norm for *_, norm in workspaces.curves(run, "finetune/scratch")["curves"]]
+            for run in (whole, other)
+        ]
         assert norms[1] == pytest.approx(norms[0], rel=1e-2)
 
 
@@ -110,21 +129,33 @@ def test_a_run_killed_after_its_last_checkpoint_only_writes_its_outputs(
 ) -> None:
     whole = pretrained(enter, "whole")
     folder = enter({"pretrain": {"training": SHORT}}, "killed")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(pretrain, "write_outputs", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
-        pretrain.run(params.load(), Stage("pretrain"))
+        with pytest.raises(KeyboardInterrupt):
+            pretrain.run(params.load(), Stage("pretrain"))
     pretrain.run(params.load(), Stage("pretrain"))
     assert workspaces.weights(folder) == workspaces.weights(whole)
     assert workspaces.curves(folder) == workspaces.curves(whole)
 
 
-# ---- learning -------------------------------------------------------------------------------------------------------
+# ---- learning ----
 
 
 def test_pretraining_beats_constant_predictions_and_finetuning_beats_chance(enter: Any) -> None:
-    schedule = {"steps": 100, "batch_size": 64, "warmup_steps": 10, "validate_every": 100, "checkpoint_every": 100}
+    schedule = {
+        "steps": 100,
+        "batch_size": 64,
+        "warmup_steps": 10,
+        "validate_every": 100,
+        "checkpoint_every": 100,
+    }
     training = {**schedule, "log_every": 50, "lr": 3e-3}
-    enter({"pretrain": {"mask_unit": 4, "training": training}, "finetune": {"training": {**training, "steps": 50}}})
+    enter(
+        {
+            "pretrain": {"mask_unit": 4, "training": training},
+            "finetune": {"training": {**training, "steps": 50}},
+        }
+    )
     checked = params.load()
     pretrain.run(checked, Stage("pretrain"))
     learnt = val_losses(Path.cwd())[-1]
@@ -132,7 +163,9 @@ def test_pretraining_beats_constant_predictions_and_finetuning_beats_chance(ente
     hidden = upsample_masks(masks, checked.pretrain.mask_unit)[:, None].expand_as(images)
     for constant in (torch.zeros(1), images[hidden].median()):  # the latter is the best of all
         assert learnt < 0.6 * float((images - constant)[hidden].abs().mean())
-    mean_image = images.mean(0, keepdim=True)  # the digits lie in the same place, so that this is a strong guess
+    mean_image = images.mean(
+        0, keepdim=True
+    )  # the digits lie in the same place, so that this is a strong guess
     assert learnt < 0.93 * float((images - mean_image)[hidden].abs().mean())
 
     finetune.run(checked, Stage("finetune", "pretrained"))
@@ -144,7 +177,9 @@ def validation(checked: params.Params) -> tuple[torch.Tensor, torch.Tensor]:
     """All validation images, normalised, and their masks: (N, 3, S, S) and (N, S/u, S/u)."""
     dataset, preprocessing = opened(checked)
     ((batch, _),) = even_eval_batches(dataset, preprocessing, len(dataset), 0, 1)
-    masks = masks_from_ids(batch.rows, checked.model.image_size // checked.pretrain.mask_unit, checked.pretrain.mask_ratio)
+    masks = masks_from_ids(
+        batch.rows, checked.model.image_size // checked.pretrain.mask_unit, checked.pretrain.mask_ratio
+    )
     return to_model_input(batch.images, preprocessing.mean, preprocessing.std), masks
 
 
@@ -160,10 +195,13 @@ def metric(stage: str, name: str) -> float:
 
 
 def test_the_validation_loss_is_that_of_a_plain_loop_whatever_the_batch(enter: Any) -> None:
-    """Error summed over hidden pixels and divided by their number, image by image, from the weights that were written."""
+    """Error summed over hidden pixels and divided by their number, image by image, from the weights that
+    were written."""
     recorded = []
     for batch_size in (32, 14):  # neither divides the 270 validation images
-        folder = enter({"pretrain": {"training": {**SHORT, "batch_size": batch_size, "steps": 3}}}, str(batch_size))
+        folder = enter(
+            {"pretrain": {"training": {**SHORT, "batch_size": batch_size, "steps": 3}}}, str(batch_size)
+        )
         checked = params.load()
         pretrain.run(checked, Stage("pretrain"))
         model = pretrain.build_model(checked).eval()
@@ -181,20 +219,26 @@ def plain_loss(model: SimMIM, images: torch.Tensor, masks: torch.Tensor) -> floa
         prediction = model(image[None], mask[None]).prediction[0].double()
         unit = model.mask_unit
         for row, column in mask.nonzero().tolist():
-            square = (slice(None), slice(row * unit, (row + 1) * unit), slice(column * unit, (column + 1) * unit))
+            square = (
+                slice(None),
+                slice(row * unit, (row + 1) * unit),
+                slice(column * unit, (column + 1) * unit),
+            )
             error += float((prediction[square] - image[square]).abs().mean(0).sum())
             pixels += unit * unit
     return error / pixels
 
 
-# ---- groups and hand-over -------------------------------------------------------------------------------------------
+# ---- groups and hand-over
+# -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cell", ["pretrained", "scratch"])
 def test_layers_learn_at_the_rates_of_the_specification(
     enter: Any, cell: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Decay^(total + 1 - id): stem 0, block k is k + 1, merging with the last block of its stage, norm and head on top."""
+    """Decay^(total + 1 - id): stem 0, block k is k + 1, merging with the last block of its stage, norm and
+    head on top."""
     enter({"finetune": {"layer_decay": 0.5, "training": SHORT}})
     checked = params.load()
     model = finetune.build_model(checked, 10)
@@ -250,7 +294,11 @@ def test_a_backbone_that_does_not_fit_is_refused_by_name(tmp_path: Path, fault: 
     save_file(state, tmp_path / "fits.safetensors")
     taker = small()
     finetune.load_backbone(taker, tmp_path / "fits.safetensors")
-    assert all(torch.equal(value, donor.state_dict()[key]) for key, value in taker.state_dict().items() if key != "head.weight")
+    assert all(
+        torch.equal(value, donor.state_dict()[key])
+        for key, value in taker.state_dict().items()
+        if key != "head.weight"
+    )
     if fault == "missing":
         del state[name]
     elif fault == "extra":
@@ -261,5 +309,3 @@ def test_a_backbone_that_does_not_fit_is_refused_by_name(tmp_path: Path, fault: 
     save_file(state, tmp_path / "wrong.safetensors")
     with pytest.raises(DataError, match=rf"wrong.safetensors does not fit .*: {name}$"):
         finetune.load_backbone(small(), tmp_path / "wrong.safetensors")
-
-
