@@ -56,6 +56,10 @@ def prepare(dataset: str = "", recipe: str = "", settings: Sequence[str] = ()) -
         values = params.overlay(values, change, "data set")
     if recipe:
         values = _apply_recipe(values, recipe, home)
+        kind = values["ingest"]["dataset"]
+        if kind != base["ingest"]["dataset"] and values["ingest"]["source"] == base["ingest"]["source"]:
+            # the recipe names a data set, but where it lies on this machine is not a recipe's business
+            values = params.overlay(values, {"ingest": {"source": resolve(kind, home)[1]}}, "data set")
     for setting in settings:
         values = params.overlay(values, params.parse_setting(setting), f"--set {setting}")
     checked = params.check(values, "params.yaml with overrides" if values != base else "params.yaml")

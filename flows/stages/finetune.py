@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import models
@@ -200,8 +201,16 @@ def build_model(params: Params, num_classes: int) -> Classifier:
 
 
 def load_backbone(model: Classifier, path: Path) -> None:
-    """Copy the pretrained backbone; every one of its tensors must be there and fit."""
-    found = {name: value for name, value in load_file(path).items() if name.startswith(BACKBONE)}
+    """Copy the pretrained backbone.
+
+    Raises:
+        DataError: no such file, or not exactly the backbone's tensors are in it.
+    """
+    try:
+        weights = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path} cannot be read ({error}); run pretrain first") from None
+    found = {name: value for name, value in weights.items() if name.startswith(BACKBONE)}
     wanted = {name: value for name, value in model.state_dict().items() if name.startswith(BACKBONE)}
     wrong = sorted(
         name

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import models
@@ -172,7 +173,7 @@ def load_weights(model: SimMIM, path: Path) -> None:
     """
     try:
         model.load_state_dict(load_file(path))
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise DataError(f"`pretrain.initialize_from`: {' '.join(str(error).split())[:300]}") from None
 
 

@@ -31,7 +31,7 @@ def run(params, stage):
         time.sleep(600)
     raise Interrupted("saved")
 
-raise SystemExit(run_stage("ingest", run, []))
+raise SystemExit(run_stage("ingest", run, [], stops_itself="heedless" not in sys.argv))
 """
 
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -86,6 +86,14 @@ def test_a_signal_asks_to_stop_and_its_echo_changes_nothing(start: Start, signum
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=PATIENCE_S)
     assert output.splitlines() == ["asked to stop", "error: ingest: saved"]
+    assert process.returncode == 75
+
+
+def test_a_stage_that_does_not_look_for_a_signal_is_broken_off(start: Start) -> None:
+    process = start("heedless")
+    process.terminate()
+    output, _ = process.communicate(timeout=PATIENCE_S)
+    assert output.splitlines() == ["error: ingest: stopped; the same command starts this stage again"]
     assert process.returncode == 75
 
 

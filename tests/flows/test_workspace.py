@@ -149,3 +149,15 @@ def test_dvc_works_inside_and_shares_the_cache(
     lock = yaml.safe_load((root / "dvc.lock").read_text())
     assert set(lock["stages"]) == {"ingest"}
     assert os.path.samefile(clone / ".dvc/cache", paths.home() / ".dvc/cache")
+
+
+def test_a_recipe_that_names_a_data_set_finds_it(
+    clone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "data" / "cifar10"
+    folder.mkdir(parents=True)
+    for name in ("train.zip", "test.zip", "classes.txt"):
+        (folder / name).touch()
+    monkeypatch.setenv("TRUNKLINE_DATA", str(tmp_path / "data"))
+    ingest = workspace.prepare(recipe="cifar10").params.ingest
+    assert (ingest.dataset, Path(ingest.source)) == ("cifar10", folder)
