@@ -25,23 +25,9 @@ def show(params: Params, prefect_port: int, mlflow_port: int) -> None:
     for port in (prefect_port, mlflow_port):
         require_free(HOST, port)
     tracking.client(params)  # creates the store when nothing has run yet
-    commands = {
-        "Prefect": [
-            sys.executable,
-            "-m",
-            "prefect",
-            "server",
-            "start",
-            "--host",
-            HOST,
-            "--port",
-            str(prefect_port),
-        ],
-        "MLflow": [
-            *(sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(mlflow_port)),
-            *("--backend-store-uri", tracking.tracking_uri(params)),
-        ],
-    }
+    # a terminal that is closed and a plain `kill` must not leave the servers behind
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, signal.default_int_handler)
     environment = {**os.environ, "PREFECT_LOGGING_SERVER_LEVEL": "WARNING"}
     processes = {
         name: subprocess.Popen(
@@ -51,7 +37,7 @@ def show(params: Params, prefect_port: int, mlflow_port: int) -> None:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        for name, command in commands.items()
+        for name, command in server_commands(params, prefect_port, mlflow_port).items()
     }
     print(f"Prefect  http://{HOST}:{prefect_port}   runs, stages, logs")
     print(f"MLflow   http://{HOST}:{mlflow_port}   metrics, pictures, models")
@@ -73,3 +59,17 @@ def show(params: Params, prefect_port: int, mlflow_port: int) -> None:
                 process.wait(10)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
+
+
+def server_commands(params: Params, prefect_port: int, mlflow_port: int) -> dict[str, list[str]]:
+    """How each server is started, by its name."""
+    python = [sys.executable, "-m"]
+    store = ["--backend-store-uri", tracking.tracking_uri(params)]
+    return {
+        "Prefect": [*python, "prefect", "server", "start", "--host", HOST, "--port", str(prefect_port)],
+        # one person looks, and each worker takes some 300 MB
+        "MLflow": [
+            *(*python, "mlflow", "server", "--host", HOST, "--port", str(mlflow_port)),
+            *(*store, "--workers", "1"),
+        ],
+    }
