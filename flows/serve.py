@@ -61,10 +61,11 @@ def find(params: Params, name: str, alias: str, version: str) -> Version:
     Raises:
         DataError: the registry has no such model, version or alias; the message lists what it has.
     """
-    known = tracking.versions(params, name)
+    names = tracking.model_names(params)
+    known = tracking.versions(params, name) if name in names else []
     if not known:
-        names = ", ".join(tracking.model_names(params)) or "none yet; `make run` registers one"
-        raise DataError(f"the registry has no model {name!r}; it has: {names}")
+        listed = ", ".join(names) or "none yet; `make run` registers one"
+        raise DataError(f"the registry has no model {name!r}; it has: {listed}")
     if version:
         chosen = next((entry for entry in known if entry.version == version), None)
         if chosen is None:

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import textwrap
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
+
+LABEL_WIDTH = 12
+MAX_WIDTH = 100
 
 
 def print_summary(summary: dict[str, Any], console: Console | None = None) -> None:
-    """Print `summary` as returned by the pipeline flow."""
+    """Print `summary` as returned by the pipeline flow. Paths and commands are never broken into two."""
     console = console or Console(highlight=False, soft_wrap=True)
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
+    width = min(console.width, MAX_WIDTH)
+    rule = Text("─" * width, style="dim")
+    console.print(rule)
     for name, value in summary_lines(summary):
-        table.add_row(name, Text(value))
-    console.rule("[bold]Trunkline", style="dim")
-    console.print(table)
-    console.rule(style="dim")
+        pieces = textwrap.wrap(value, width - LABEL_WIDTH, break_long_words=False, break_on_hyphens=False)
+        for label, piece in zip([name, *[""] * (len(pieces) - 1)], pieces, strict=True):
+            console.print(Text(f"{label:<{LABEL_WIDTH}}", style="bold") + Text(piece, style="not bold"))
+    console.print(rule)
 
 
 def summary_lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
@@ -41,25 +47,36 @@ def summary_lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
         lines.append(("finetuning", "none: the images have no labels"))
     lines += [
         ("report", summary["report"]),
-        ("pages", "trunkline ui   (starts both: runs in Prefect, records in MLflow)"),
+        ("pages", f"{_command()} ui (starts both: runs in Prefect, records in MLflow)"),
     ]
     if "registry" in summary:
-        lines.append(("serve", f"trunkline serve vision --model {summary['registry']['name']}"))
+        lines.append(("serve", _serve(summary["registry"])))
     return lines
 
 
+def _command() -> str:
+    """`trunkline`, with its folder when the shell would not find it."""
+    folder = Path(sys.executable).parent
+    if str(folder) in os.environ.get("PATH", "").split(os.pathsep):
+        return "trunkline"
+    return str(folder / "trunkline")
+
+
 def _data(metrics: dict[str, Any]) -> str:
-    return (
-        f"{metrics['images']} images "
-        f"({metrics['train']} train, {metrics['val']} val, {metrics['test']} test), "
-        f"{metrics['classes']} classes, {metrics['quarantined']} quarantined"
-    )
+    splits = ", ".join(f"{metrics[split]} {split}" for split in ("train", "val", "test") if split in metrics)
+    classes = f"{metrics['classes']} classes" if metrics["classes"] else "no labels"
+    return f"{metrics['images']} images ({splits}), {classes}, {metrics['quarantined']} quarantined"
 
 
 def _stages(summary: dict[str, Any]) -> str:
-    executed = ", ".join(summary["executed"]) or "none"
-    others = len(summary["stages"]) - len(summary["executed"])
-    return f"executed: {executed}; {others} up to date; {summary['seconds']:.0f} s in all"
+    executed, count = summary["executed"], len(summary["stages"])
+    if not executed:
+        text = f"none executed, all {count} up to date"
+    elif len(executed) == count:
+        text = f"all {count} executed"
+    else:
+        text = f"executed {', '.join(executed)}; {count - len(executed)} up to date"
+    return f"{text}; {summary['seconds']:.0f} s in all"
 
 
 def _pretrained(metrics: dict[str, Any]) -> str:
@@ -79,12 +96,14 @@ def _accuracy(pretrained: dict[str, Any], scratch: dict[str, Any]) -> str:
 
 
 def _export(parity: dict[str, Any], export: dict[str, Any]) -> str:
+    """Speeds are measured on the CPU; a machine may have been told to measure elsewhere only."""
+    fp32, int8 = (parity.get(f"speed_{name}") for name in ("fp32_over_pytorch", "int8_over_fp32"))
     return (
-        f"fp32 within {parity['fp32_max_abs_error']:.1e} of PyTorch "
-        f"at {parity['speed_fp32_over_pytorch']:.1f}x its speed; "
-        f"int8 agrees on {100 * parity['int8_agreement']:.1f} % "
-        f"at {parity['speed_int8_over_fp32']:.1f}x the speed "
-        f"and {export['int8_size_ratio']:.2f}x the size of fp32"
+        f"fp32 within {parity['fp32_max_abs_error']:.1e} of PyTorch"
+        + (f" at {fp32:.1f}x its speed" if fp32 else "")
+        + f"; int8 agrees on {100 * parity['int8_agreement']:.1f} % at "
+        + (f"{int8:.1f}x the speed and " if int8 else "")
+        + f"{export['int8_size_ratio']:.2f}x the size of fp32"
     )
 
 
@@ -95,6 +114,12 @@ def _registry(registry: dict[str, Any]) -> str:
     if failed:
         text += f"; not promoted: {'; '.join(failed)}"
     return text
+
+
+def _serve(registry: dict[str, Any]) -> str:
+    """Without a version the champion is served, which may be an earlier run's."""
+    command = f"{_command()} serve vision --model {registry['name']}"
+    return command if "champion" in registry["aliases"] else f"{command} --version {registry['version']}"
 
 
 def _smoke(smoke: dict[str, Any]) -> str:
