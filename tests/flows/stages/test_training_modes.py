@@ -61,8 +61,7 @@ def assert_weights_load(workspace: Path, config: dict[str, Any]) -> None:
     assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in weights.values())
 
 
-# ---- modes
-# ----------------------------------------------------------------------------------------------------------
+# ---- modes ----
 
 
 @pytest.mark.parametrize(
@@ -229,8 +228,7 @@ def plain_loss(model: SimMIM, images: torch.Tensor, masks: torch.Tensor) -> floa
     return error / pixels
 
 
-# ---- groups and hand-over
-# -------------------------------------------------------------------------------------------
+# ---- groups and hand-over ----
 
 
 @pytest.mark.parametrize("cell", ["pretrained", "scratch"])
