@@ -120,20 +120,22 @@ def micro_batch_size(settings: Training, world_size: int) -> int:
 def deepspeed_config(settings: Training, world_size: int, parameters: int) -> dict[str, Any]:
     """The one place where DeepSpeed's configuration is derived from params.yaml and the model's size."""
     bucket = max(BUCKET_MIN, min(parameters, BUCKET_MAX))
+    is_bf16 = resolve_precision(settings) == "bf16"
     return {
         "train_batch_size": settings.batch_size,
         "train_micro_batch_size_per_gpu": micro_batch_size(settings, world_size),
         "gradient_accumulation_steps": settings.accumulation,
         "gradient_clipping": settings.clip_grad,
         "zero_optimization": {
-            "stage": settings.zero_stage,
+            # without ZeRO, DeepSpeed keeps no fp32 copy of bf16 weights: small updates would be rounded away
+            "stage": max(settings.zero_stage, 1) if is_bf16 else settings.zero_stage,
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
         },
         "zero_allow_untested_optimizer": True,
         # torch's AdamW also where DeepSpeed would like its own CPU Adam, which needs a C++ compiler
         "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": resolve_precision(settings) == "bf16"},
+        "bf16": {"enabled": is_bf16},
         "steps_per_print": 2**31,
     }
 

@@ -119,6 +119,24 @@ def test_it_learns_and_resumes_bit_for_bit(stage: int, tmp_path: Path, raw_param
     assert [row["val_loss"] for row in whole.validation] == [row["val_loss"] for row in resumed.validation]
 
 
+@pytest.mark.parametrize("stage", [0, 1])
+def test_bf16_keeps_fp32_weights_to_add_small_updates_to(
+    stage: int, tmp_path: Path, raw_params: dict[str, Any]
+) -> None:
+    class Cast(Net):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x.to(self.first.weight.dtype)).float()
+
+    settings = training(raw_params, precision="bf16", zero_stage=stage)
+    whole = run(tmp_path / "whole", settings, make=Cast)
+    with pytest.raises(Interrupted):
+        run(tmp_path / "parts", settings, stop_at=17, make=Cast)
+    resumed = run(tmp_path / "parts", settings, make=Cast)
+    assert same(whole, resumed)
+    weight = whole.weights["first.weight"]
+    assert not torch.equal(weight, weight.bfloat16().float())
+
+
 def test_accumulation_equals_one_large_batch(tmp_path: Path, raw_params: dict[str, Any]) -> None:
     """With equal samples, two half batches give the step of one whole batch (no dropout, up to rounding)."""
 
