@@ -131,8 +131,9 @@ def test_a_perturbed_export_fails_by_name(
 
 
 def test_the_command_ends_with_the_gates_exit_code(
-    workspace: Path, capsys: pytest.CaptureFixture[str]
+    workspace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("TRUNKLINE_TRACKING", "off")  # a new store announces itself on stderr
     write_params(workspace, {"parity.fp32_max_abs_error": 0.0, "parity.samples": 10})
     assert parity.main([]) == 10
     error = capsys.readouterr().err
