@@ -21,6 +21,7 @@ QUIET = {
     "PREFECT_LOGGING_TO_API_BATCH_INTERVAL": "1",
     "PREFECT_CLI_PROMPT": "false",
     "HF_HUB_OFFLINE": "1",
+    "NO_PROXY": "127.0.0.1,localhost",  # a proxy for the internet must not get requests to our own servers
     "TOKENIZERS_PARALLELISM": "false",
     "GIT_PYTHON_REFRESH": "quiet",
     "PYTHONUNBUFFERED": "1",
