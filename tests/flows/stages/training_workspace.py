@@ -24,7 +24,7 @@ from flows.stages import ingest, scale
 
 ROOT = Path(__file__).resolve().parents[3]
 PATIENCE_S = 120.0
-STEPS = 48
+STEPS = 150
 
 
 def build(folder: Path) -> Path:
@@ -140,8 +140,9 @@ class Attempt:
         return found
 
     def wait_for_step(self, step: int) -> None:
-        """Until a line about `step` (a multiple of log_every) has been printed."""
-        self.wait_for(rf" step {step}/{STEPS}  loss")
+        """Until a line about `step` or a later one has been printed; a resume may begin beyond it."""
+        later = "|".join(str(number) for number in range(step, STEPS + 1))
+        self.wait_for(rf" step (?:{later})/{STEPS}  loss")
 
     def wait(self) -> int:
         """Exit code, once the output has ended, that is, when no process is left that could write to it."""
