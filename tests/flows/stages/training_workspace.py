@@ -24,7 +24,7 @@ from flows.stages import ingest, scale
 
 ROOT = Path(__file__).resolve().parents[3]
 PATIENCE_S = 120.0
-STEPS = 150
+STEPS = 96
 
 
 def build(folder: Path) -> Path:
