@@ -146,6 +146,8 @@ def _failure(stage: str, root: Path, code: int, lines: list[str]) -> StageFailed
     line."""
     matches = [found for line in lines if (found := re.search(r", exited with (-?\d+)$", line))]
     own = int(matches[-1].group(1)) if matches else code
+    if own < 0:  # the shell that DVC runs commands in decides whether a signal is told as -9 or as 137
+        own = 128 - own
     own_words = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     dvc_words = (
         [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")] if not matches else []

@@ -57,7 +57,7 @@ class PeerLost(Interrupted):
     why."""
 
 
-RETRYABLE_EXIT_CODES = frozenset({-9, 137, 75})
+RETRYABLE_EXIT_CODES = frozenset({137, 75})
 """Killed or interrupted from outside: the same command again can help. All else fails the same way again."""
 
 

@@ -71,7 +71,7 @@ def test_lost_outputs_come_back_from_the_cache(in_folder: Path) -> None:
         ("exit 12", 12, False),
         ("exit 74", 74, False),
         ("exit 75", 75, True),
-        ("kill -KILL $$", -9, True),
+        ("kill -KILL $$", 137, True),
         ("sh -c 'kill -KILL $$'; exit $?", 137, True),
         ("no-such-command", 127, False),
     ],

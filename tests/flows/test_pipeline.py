@@ -128,7 +128,7 @@ def test_retries_end(clone: Path) -> None:
     (root / "ingest.sh").write_text("kill -KILL $$\n")
     with pytest.raises(StageFailed) as caught:
         pipeline.pipeline(settings=["pipeline.retries=1"])
-    assert caught.value.exit_code == -9
+    assert caught.value.exit_code == 137
     assert tiny_clone.executed(root) == ["ingest", "ingest"]
     assert tiny_clone.executed(clone) == [], "overrides run in a folder of their own"
 

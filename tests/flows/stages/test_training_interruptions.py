@@ -220,7 +220,7 @@ def test_only_rank_0_opens_a_run_and_closes_it(pair: History, monkeypatch: pytes
     """Two attempts were tracked: the one that was terminated and the one that finished."""
     monkeypatch.chdir(pair.workspace)
     monkeypatch.setenv("TRUNKLINE_HOME", str(pair.workspace))
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")  # set, so that what `client` puts there is undone
     client = tracking.client(params.load())
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     runs = client.search_runs(experiments, order_by=["attributes.start_time ASC"])

@@ -71,7 +71,9 @@ def copy(source: Path, target: Path, change: Mapping[str, Any] | None = None) ->
 def environment(workspace: Path, **variables: str) -> dict[str, str]:
     """Everything a stage writes lies in `workspace`; no tracking unless asked for."""
     inherited = {
-        name: value for name, value in os.environ.items() if not name.startswith(("DVC_", "TRUNKLINE_"))
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("DVC_", "TRUNKLINE_", "MLFLOW_TRACKING_"))  # another test's store
     }
     return {
         **inherited,
