@@ -21,7 +21,7 @@ run: $(VENV)/.installed
 	@$(BIN)/trunkline run $(if $(DATASET),--dataset "$(DATASET)") $(if $(RECIPE),--recipe "$(RECIPE)") $(foreach s,$(SET),--set "$(s)")
 
 test: $(VENV)/.installed-test
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff format --check .

@@ -11,20 +11,20 @@ from pathlib import Path
 
 import numpy as np
 
-from flows import paths, tracking
+from flows import paths, registry
 from flows.data import ImageDataset
 from flows.errors import DataError
 from flows.imaging import preprocess
 from flows.params import Params
+from flows.registry import Version
 from flows.serving.package import ModelPackage
 from flows.serving.session import open_session
-from flows.tracking import Version
 
 
 def measure_version(params: Params, root: Path, version: Version) -> float:
     """Top-1 of the registered `version` on the images of `root`; see `measure_folder`."""
     with tempfile.TemporaryDirectory() as temporary:
-        tracking.download_version(params, version, Path(temporary))
+        registry.download_version(params, version, Path(temporary))
         return measure_folder(params, root, Path(temporary), version.tags.get("onnx.digest"))
 
 

@@ -34,8 +34,9 @@ from flows import dvc_stage, files, paths, promotion, smoke, tracking, workspace
 from flows.dvc_stage import StageFailed, StageInfo  # noqa: E402
 from flows.errors import ResourceError, TrunklineError  # noqa: E402
 from flows.params import Params, flatten  # noqa: E402
+from flows.registry import Version  # noqa: E402
 from flows.report import build_report  # noqa: E402
-from flows.tracking import MlflowRun, Version  # noqa: E402
+from flows.tracking import MlflowRun  # noqa: E402
 
 
 class _NoTraceOfMistakes(logging.Filter):

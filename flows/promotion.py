@@ -15,13 +15,14 @@ from typing import Any
 
 import yaml
 
-from flows import dvc_stage, files, paths, tracking
+from flows import dvc_stage, files, paths, registry, tracking
 from flows.champion import measure_folder, measure_version
 from flows.data import ImageDataset
 from flows.errors import DataError
 from flows.imaging import Preprocessing, preprocess
 from flows.params import Params
-from flows.tracking import MlflowRun, Version
+from flows.registry import Version
+from flows.tracking import MlflowRun
 
 CHALLENGER, CHAMPION, PREVIOUS = "challenger", "champion", "previous"
 
@@ -49,20 +50,20 @@ def register_export(params: Params, root: Path, run: MlflowRun) -> Version:
     manifest = files.read_json(root / paths.EXPORT / "manifest.json")
     name = params.registered_model(files.read_json(root / paths.DATA / "manifest.json")["name"])
     digest = manifest["variants"]["fp32"]["digest"]
-    version = tracking.find_version(params, name, digest)
+    version = registry.find_version(params, name, digest)
     if version is None:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / "export"
             shutil.copytree(root / paths.EXPORT, folder)
             shutil.copy(root / paths.PARITY / "parity.json", folder)
             example = example_input(params, root, Preprocessing.from_dict(manifest["preprocessing"]))
-            version = tracking.register_folder(
+            version = registry.register_folder(
                 params, run, name, folder, example, version_tags(root, manifest)
             )
-    tracking.tag_version(params, version, measurement_tags(params, root))
+    registry.tag_version(params, version, measurement_tags(params, root))
     if CHAMPION not in version.aliases:
-        tracking.set_alias(params, name, CHALLENGER, version.version)
-    return tracking.version_of(params, name, version.version)
+        registry.set_alias(params, name, CHALLENGER, version.version)
+    return registry.version_of(params, name, version.version)
 
 
 def example_input(params: Params, root: Path, preprocessing: Preprocessing) -> Any:
@@ -118,25 +119,25 @@ def decide(params: Params, root: Path, version: Version) -> Decision:
     A failed gate changes no alias. Every gate leaves a tag on the version:
     `gate.<name> = passed|failed: reason`.
     """
-    champion = tracking.alias(params, version.name, CHAMPION)
+    champion = registry.alias(params, version.name, CHAMPION)
     if champion is not None and champion.version == version.version:
         if CHALLENGER in champion.aliases:  # left by a promotion that was cut off before its last step
-            tracking.delete_alias(params, version.name, CHALLENGER)
-            champion = tracking.version_of(params, version.name, version.version)
+            registry.delete_alias(params, version.name, CHALLENGER)
+            champion = registry.version_of(params, version.name, version.version)
         return Decision(champion, (), False, champion)
     gates = check_gates(params, root, version, champion)
     verdicts = {
         f"gate.{gate.name}": f"{'passed' if gate.passed else 'failed'}: {gate.reason}" for gate in gates
     }
-    tracking.tag_version(params, version, verdicts)
+    registry.tag_version(params, version, verdicts)
     if not all(gate.passed for gate in gates):
         return Decision(version, gates, False, champion)
     if champion is not None:
-        tracking.set_alias(params, version.name, PREVIOUS, champion.version)
-    tracking.set_alias(params, version.name, CHAMPION, version.version)
+        registry.set_alias(params, version.name, PREVIOUS, champion.version)
+    registry.set_alias(params, version.name, CHAMPION, version.version)
     if CHALLENGER in version.aliases:
-        tracking.delete_alias(params, version.name, CHALLENGER)
-    promoted = tracking.version_of(params, version.name, version.version)
+        registry.delete_alias(params, version.name, CHALLENGER)
+    promoted = registry.version_of(params, version.name, version.version)
     return Decision(promoted, gates, True, promoted)
 
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flows import files, paths, tracking
+from flows import files, paths, registry
 from flows.errors import ConfigError, DataError
 from flows.params import Params, Serve
-from flows.tracking import Version
+from flows.registry import Version
 
 
 def serve_registered(
@@ -61,8 +61,8 @@ def find(params: Params, name: str, alias: str, version: str) -> Version:
     Raises:
         DataError: the registry has no such model, version or alias; the message lists what it has.
     """
-    names = tracking.model_names(params)
-    known = tracking.versions(params, name) if name in names else []
+    names = registry.model_names(params)
+    known = registry.versions(params, name) if name in names else []
     if not known:
         listed = ", ".join(names) or "none yet; `make run` registers one"
         raise DataError(f"the registry has no model {name!r}; it has: {listed}")
@@ -73,7 +73,7 @@ def find(params: Params, name: str, alias: str, version: str) -> Version:
                 f"{name} has no version {version!r}; it has {', '.join(entry.version for entry in known)}"
             )
         return chosen
-    chosen = tracking.alias(params, name, alias)
+    chosen = registry.alias(params, name, alias)
     if chosen is None:
         aliases = ", ".join(sorted({text for entry in known for text in entry.aliases})) or "none"
         raise DataError(f"{name} has no alias {alias!r}; its aliases: {aliases}")
@@ -86,5 +86,5 @@ def fetch(params: Params, version: Version) -> Path:
     folder = paths.home() / ".trunkline" / "served" / version.name / f"{version.version}-{digest}"
     if not folder.exists():
         with files.replace_folder(folder) as temporary:
-            tracking.download_version(params, version, temporary)
+            registry.download_version(params, version, temporary)
     return folder

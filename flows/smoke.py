@@ -22,7 +22,7 @@ from flows.data import ImageDataset
 from flows.errors import GateFailed
 from flows.params import Params
 from flows.ports import free_port
-from flows.tracking import Version
+from flows.registry import Version
 
 READY_S = 90.0
 STOP_S = 15.0

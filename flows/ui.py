@@ -39,10 +39,10 @@ def show(params: Params, prefect_port: int, mlflow_port: int) -> None:
         )
         for name, command in server_commands(params, prefect_port, mlflow_port).items()
     }
-    print(f"Prefect  http://{HOST}:{prefect_port}   runs, stages, logs")
-    print(f"MLflow   http://{HOST}:{mlflow_port}   metrics, pictures, models")
-    print("Ctrl-C stops both.", flush=True)
     try:
+        print(f"Prefect  http://{HOST}:{prefect_port}   runs, stages, logs")
+        print(f"MLflow   http://{HOST}:{mlflow_port}   metrics, pictures, models")
+        print("Ctrl-C stops both.", flush=True)
         while True:
             for name, process in processes.items():
                 if process.poll() is not None:

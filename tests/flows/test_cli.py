@@ -12,10 +12,10 @@ from typing import NamedTuple
 import pytest
 import tiny_clone
 
-from flows import cli, serve, tracking
+from flows import cli, registry, serve, tracking
 from flows.errors import ConfigError, DataError
 from flows.params import Params
-from flows.tracking import Version
+from flows.registry import Version
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = "trunkline-vision-digits"
@@ -54,7 +54,7 @@ def occupied() -> Iterator[int]:
 
 
 @pytest.fixture
-def registry(home_params: Params) -> Params:
+def two_versions(home_params: Params) -> Params:
     """A registry with two versions, the second one champion."""
     connection = tracking.client(home_params)
     connection.create_registered_model(MODEL)
@@ -62,7 +62,7 @@ def registry(home_params: Params) -> Params:
         connection.create_model_version(
             MODEL, source=Path("nowhere").absolute().as_uri(), tags={"onnx.digest": "abcdef" * 8}
         )
-    tracking.set_alias(home_params, MODEL, "champion", "2")
+    registry.set_alias(home_params, MODEL, "champion", "2")
     return home_params
 
 
@@ -179,7 +179,7 @@ def test_an_occupied_port_is_found_before_anything_is_fetched(
     ],
 )
 def test_what_does_not_exist_is_answered_with_what_does(
-    arguments: list[str], words: list[str], registry: Params, trunkline: Callable[..., Answer]
+    arguments: list[str], words: list[str], two_versions: Params, trunkline: Callable[..., Answer]
 ) -> None:
     port = [] if "--port" in arguments else ["--port", "0"]
     one_line(trunkline("serve", "vision", *arguments, *port), 11, *words)
@@ -189,14 +189,14 @@ def test_an_empty_registry_says_what_to_do(home: Path, trunkline: Callable[..., 
     one_line(trunkline("serve", "vision", "--port", "0"), 11, MODEL, "make run")
 
 
-def test_versions_are_found_by_alias_and_number(registry: Params) -> None:
-    assert serve.find(registry, MODEL, "champion", "").version == "2"
-    assert serve.find(registry, MODEL, "champion", "1").version == "1"
+def test_versions_are_found_by_alias_and_number(two_versions: Params) -> None:
+    assert serve.find(two_versions, MODEL, "champion", "").version == "2"
+    assert serve.find(two_versions, MODEL, "champion", "1").version == "1"
     with pytest.raises(DataError):
-        serve.find(registry, MODEL, "", "")
+        serve.find(two_versions, MODEL, "", "")
 
 
-def test_a_version_is_fetched_once(registry: Params, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_version_is_fetched_once(two_versions: Params, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fetched: list[str] = []
 
     def download(params: Params, version: Version, folder: Path) -> None:
@@ -205,12 +205,12 @@ def test_a_version_is_fetched_once(registry: Params, home: Path, monkeypatch: py
         if len(fetched) == 1:
             raise ConnectionResetError("in the middle")
 
-    monkeypatch.setattr(tracking, "download_version", download)
-    version = tracking.version_of(registry, MODEL, "2")
+    monkeypatch.setattr(registry, "download_version", download)
+    version = registry.version_of(two_versions, MODEL, "2")
     with pytest.raises(ConnectionResetError):
-        serve.fetch(registry, version)
-    folder = serve.fetch(registry, version)
-    assert serve.fetch(registry, version) == folder
+        serve.fetch(two_versions, version)
+    folder = serve.fetch(two_versions, version)
+    assert serve.fetch(two_versions, version) == folder
     assert fetched == ["2", "2"], "a download that broke off is not taken for a whole one"
     assert (folder / "model.onnx").read_text() == "weights"
     assert [path.name for path in folder.parent.iterdir()] == ["2-abcdefabcdef"]

@@ -16,7 +16,7 @@ import tiny_clone
 from flows import files, paths, pipeline, promotion, smoke, tracking, workspace
 from flows.dvc_stage import StageFailed
 from flows.params import Params
-from flows.tracking import Version
+from flows.registry import Version
 
 ROOT = Path(__file__).resolve().parents[2]
 ORDER = ["ingest", "pretrain", "finetune-scratch", "parity"]

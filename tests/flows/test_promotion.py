@@ -14,15 +14,15 @@ import yaml
 from onnx import numpy_helper
 from serving_workspace import Exported
 
-from flows import files, paths, promotion, tracking
+from flows import files, paths, promotion, registry, tracking
 from flows.champion import measure_folder, measure_version
 from flows.errors import DataError
 from flows.exporting import write_onnx
 from flows.imaging import Preprocessing
 from flows.params import Params
 from flows.promotion import Decision, decide, register_export
+from flows.registry import Version
 from flows.serving.package import Manifest, describe_variant, metadata
-from flows.tracking import Version
 
 NAME = "trunkline-vision-digits"
 
@@ -61,17 +61,17 @@ def add_version(settings: Params, top1: float, alias: str = "challenger") -> Ver
     """A version as `register_export` leaves it, without files, measured on the present data."""
     measure(top1)
     connection = tracking.client(settings)
-    if NAME not in tracking.model_names(settings):
+    if NAME not in registry.model_names(settings):
         connection.create_registered_model(NAME)
     tags = promotion.measurement_tags(settings, Path())
     made = connection.create_model_version(NAME, source=Path("nowhere").absolute().as_uri(), tags=tags)
-    tracking.set_alias(settings, NAME, alias, made.version)
-    return tracking.version_of(settings, NAME, str(made.version))
+    registry.set_alias(settings, NAME, alias, made.version)
+    return registry.version_of(settings, NAME, str(made.version))
 
 
 def aliases(settings: Params) -> dict[str, str]:
     return {
-        alias: version.version for version in tracking.versions(settings, NAME) for alias in version.aliases
+        alias: version.version for version in registry.versions(settings, NAME) for alias in version.aliases
     }
 
 
@@ -110,7 +110,7 @@ def test_a_registered_export_leads_back_to_its_origin(workspace: Path, settings:
 
     folder = workspace / "fetched"
     folder.mkdir()
-    tracking.download_version(settings, version, folder)
+    registry.download_version(settings, version, folder)
     assert files.read_json(folder / "parity.json") == {"passed": True}
     assert files.sha256_file(folder / "model.onnx") == manifest["variants"]["fp32"]["sha256"]
 
@@ -121,7 +121,7 @@ def test_the_same_export_is_one_version(workspace: Path, settings: Params) -> No
     second = register(settings, workspace)
     assert (first.version, second.version) == ("1", "1")
     assert second.tags["metric.test_top1"] == "0.95"
-    assert len(tracking.versions(settings, NAME)) == 1
+    assert len(registry.versions(settings, NAME)) == 1
 
     assert decide(settings, workspace, second).promoted
     again = register(settings, workspace)
@@ -143,7 +143,7 @@ def test_the_first_version_needs_the_floors_only(workspace: Path, settings: Para
         ("parity", True),
         ("champion", True),
     ]
-    tags = tracking.version_of(settings, NAME, "1").tags
+    tags = registry.version_of(settings, NAME, "1").tags
     assert tags["gate.accuracy"] == "passed: test top-1 0.6000, at least 0.5"
     assert tags["gate.champion"] == "passed: there is no champion yet"
 
@@ -162,7 +162,7 @@ def test_a_failed_gate_changes_no_alias(gate: str, workspace: Path, settings: Pa
     assert decision.champion
     assert decision.champion.version == "1"
     assert aliases(settings) == before == {"champion": "1", "challenger": "2"}
-    tags = tracking.version_of(settings, NAME, "2").tags
+    tags = registry.version_of(settings, NAME, "2").tags
     assert tags[f"gate.{gate}"].startswith("failed: ")
     others = {"accuracy", "parity", "champion"} - {gate}
     assert all(tags[f"gate.{other}"].startswith("passed: ") for other in others)
@@ -217,7 +217,7 @@ def test_deciding_twice_changes_nothing(workspace: Path, settings: Params) -> No
 
 def test_a_promotion_that_was_cut_off_is_finished(workspace: Path, settings: Params) -> None:
     version = add_version(settings, top1=0.8)
-    tracking.set_alias(settings, NAME, "champion", "1")  # … and then the machine went down
+    registry.set_alias(settings, NAME, "champion", "1")  # … and then the machine went down
     decision = decide(settings, workspace, version)
     assert decision.version.aliases == ("champion",)
     assert aliases(settings) == {"champion": "1"}
@@ -295,7 +295,7 @@ def test_a_worse_champion_measured_elsewhere_is_measured_now_and_beaten(
     measure(0.99)  # on those easier images
     champion = register(settings, workspace)
     decide(settings, workspace, champion)
-    tracking.tag_version(settings, champion, stale)
+    registry.tag_version(settings, champion, stale)
 
     shutil.rmtree(workspace / paths.EXPORT)
     shutil.move(good, workspace / paths.EXPORT)
@@ -304,7 +304,7 @@ def test_a_worse_champion_measured_elsewhere_is_measured_now_and_beaten(
     assert decision.promoted
     assert aliases(settings) == {"champion": "2", "previous": "1"}
     assert "both measured now" in reason(decision, "champion")
-    best = measure_version(settings, workspace, tracking.version_of(settings, NAME, "1"))
+    best = measure_version(settings, workspace, registry.version_of(settings, NAME, "1"))
     assert 0.5 < best < 0.8
     assert f"({best:.4f}, both" in reason(decision, "champion")
 
@@ -313,13 +313,13 @@ def test_a_better_champion_measured_elsewhere_stays(workspace: Path, settings: P
     measure(0.6)  # on those harder images
     champion = register(settings, workspace)
     decide(settings, workspace, champion)
-    tracking.tag_version(settings, champion, {"metric.data_digest": "older"})
+    registry.tag_version(settings, champion, {"metric.data_digest": "older"})
     change_export(workspace / paths.EXPORT, edit_head(confuse))
     measure(0.7)
     decision = decide(settings, workspace, register(settings, workspace))
     assert not decision.promoted
     assert aliases(settings) == {"champion": "1", "challenger": "2"}
-    assert tracking.version_of(settings, NAME, "2").tags["gate.champion"].startswith("failed: gain -0.")
+    assert registry.version_of(settings, NAME, "2").tags["gate.champion"].startswith("failed: gain -0.")
 
 
 def test_a_champion_of_other_classes_is_not_compared(workspace: Path, settings: Params) -> None:
@@ -329,7 +329,7 @@ def test_a_champion_of_other_classes_is_not_compared(workspace: Path, settings: 
     change_export(workspace / paths.EXPORT, labels=animals)
     champion = register(settings, workspace)
     decide(settings, workspace, champion)
-    tracking.tag_version(settings, champion, {"metric.data_digest": "older"})
+    registry.tag_version(settings, champion, {"metric.data_digest": "older"})
     shutil.rmtree(workspace / paths.EXPORT)
     shutil.move(pristine, workspace / paths.EXPORT)
     decision = decide(settings, workspace, register(settings, workspace))

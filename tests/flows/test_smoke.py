@@ -10,13 +10,13 @@ import psutil
 import pytest
 from serving_workspace import ROOT, Exported
 
-from flows import environment, files, paths, smoke, tracking
+from flows import environment, files, paths, registry, smoke, tracking
 from flows.data import ImageDataset
 from flows.errors import GateFailed
 from flows.imaging import preprocess
 from flows.params import Params
+from flows.registry import Version
 from flows.serving.session import open_session
-from flows.tracking import Version
 
 IMAGES = 4
 
@@ -60,7 +60,7 @@ def test_a_registered_version_answers_as_recorded(
     monkeypatch.setenv("NO_PROXY", environment.QUIET["NO_PROXY"])
     with tracking.pipeline_run(settings, "test", {}) as run:
         digest = exported.package.variant("fp32").digest
-        version = tracking.register_folder(
+        version = registry.register_folder(
             settings, run, "digits", workspace / paths.EXPORT, exported.images[:1], {"onnx.digest": digest}
         )
     answer = smoke.smoke_test(settings, workspace, version)

