@@ -12,10 +12,12 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -169,16 +171,28 @@ def up(params: Params) -> bool:
         for service in services:
             for key in secret.keys() & service.environment.keys():
                 del service.environment[key]
+        # what servers and flows leave there goes with them; a short path, because sockets are made in it
+        temporary = tempfile.mkdtemp(prefix="trunkline-")
         files.write_json(
             folder() / "plan.json",
-            {"services": [asdict(service) for service in services], "log_mb": params.services.log_mb},
+            {
+                "services": [asdict(service) for service in services],
+                "log_mb": params.services.log_mb,
+                "temporary": temporary,
+            },
         )
         (folder() / "state.json").unlink(missing_ok=True)
         with open(folder() / "supervisor.log", "ab") as log:
             supervisor = subprocess.Popen(
                 [sys.executable, "-m", "flows.supervisor", str(folder())],
                 cwd=paths.home(),
-                env={**os.environ, **secret, MARKER: str(folder()), "PWD": str(paths.home())},
+                env={
+                    **os.environ,
+                    **secret,
+                    MARKER: str(folder()),
+                    "PWD": str(paths.home()),
+                    "TMPDIR": temporary,
+                },
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -249,6 +263,10 @@ def clean_up(patience_s: float) -> int:
     if alive := end_processes(left, patience_s):
         pids = ", ".join(str(process.pid) for process in alive)
         raise ResourceError(f"processes {pids} of the services cannot be ended; end them by hand")
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError, KeyError):
+        temporary = Path(files.read_json(folder() / "plan.json")["temporary"])
+        if temporary.name.startswith("trunkline-"):
+            shutil.rmtree(temporary, ignore_errors=True)
     for name in ("plan.json", "state.json"):
         (folder() / name).unlink(missing_ok=True)
     return len(left)

@@ -2,8 +2,8 @@
 
 Reads FOLDER/plan.json (written by `flows.services`), starts each service when those it comes after are ready,
 starts one that ended again after a growing pause, keeps its log short, and writes what it knows to
-FOLDER/state.json. SIGTERM ends everything in reverse order. It holds FOLDER/lock as long as it lives: the kernel
-releases it whatever happens, so the lock, not a pid in a file, says whether services run. Every
+FOLDER/state.json. SIGTERM ends everything in reverse order. It holds FOLDER/lock as long as it lives: the
+kernel releases it whatever happens, so the lock, not a pid in a file, says whether services run. Every
 process below it carries `MARKER` in its environment; that is how they are found after a crash.
 """
 
@@ -53,7 +53,7 @@ class Service:
     workers: str = ""
     """For a Prefect worker: URL that lists those of its pool; ready when one is online since the start."""
     patience_s: float = LAST_S
-    """From SIGTERM to SIGKILL."""
+    """From SIGTERM to SIGKILL; for a worker what its flow runs get to save their work."""
 
 
 @dataclass
@@ -108,7 +108,7 @@ class Supervisor:
             if service.once and code == 0:
                 self._change(state, status="done", exit_code=0, pid=0)
                 return
-            # children that outlive their service hold its port and its work
+            # children that outlive their service hold its port; flow runs are sessions of their own and go on
             end_processes(_group(process.pid), LAST_S)
             lived_s = time.monotonic() - self._started[service.name]
             state.restarts = state.restarts + 1 if lived_s < STABLE_S else 1
@@ -155,9 +155,13 @@ class Supervisor:
             return
         self._change(self.states[service.name], status="stopping")
         self._write()
-        # a flow run is a session of its own, so the process group alone would miss it
+        if service.workers:
+            # asked first and alone, a flow run stops its stage, waits for the checkpoint and reports to the
+            # server; being a session of its own, it would survive the end of the worker's process group
+            _end_runs(process.pid, service.patience_s)
         family = [psutil.Process(process.pid), *descendants(process.pid)] if process.poll() is None else []
-        end_processes([*family, *_group(process.pid)], service.patience_s)
+        patience_s = LAST_S if service.workers else service.patience_s
+        end_processes([*family, *_group(process.pid)], patience_s)
         self._change(self.states[service.name], status="stopped", pid=0, exit_code=process.poll())
 
     def _change(self, state: State, **values: Any) -> None:
@@ -200,6 +204,18 @@ def descendants(pid: int) -> list[psutil.Process]:
     with contextlib.suppress(psutil.Error):
         return psutil.Process(pid).children(recursive=True)
     return []
+
+
+def _end_runs(worker: int, patience_s: float) -> None:
+    """SIGTERM to the flow runs of a worker; returns when they and all below them have ended, or late."""
+    runs = []
+    with contextlib.suppress(psutil.Error):
+        runs = psutil.Process(worker).children()
+    families = [process for run in runs for process in (run, *descendants(run.pid))]
+    for run in runs:
+        with contextlib.suppress(psutil.Error):
+            run.terminate()
+    psutil.wait_procs(families, timeout=patience_s)
 
 
 def _group(pgid: int) -> list[psutil.Process]:
