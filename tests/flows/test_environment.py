@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,3 +27,11 @@ def test_what_is_set_already_stays(in_folder: Path, monkeypatch: pytest.MonkeyPa
     environment.prepare()
     assert os.environ["PREFECT_HOME"] == "/elsewhere"
     assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "false"
+
+
+def test_onnxruntime_opens_no_telemetry_session(tmp_path: Path) -> None:
+    """With telemetry it writes the file .ses while it is imported."""
+    code = "from flows import environment; environment.prepare(); import onnxruntime"
+    inherited = {name: value for name, value in os.environ.items() if name not in environment.QUIET}
+    subprocess.run([sys.executable, "-c", code], check=True, env={**inherited, "TMPDIR": str(tmp_path)})
+    assert list(tmp_path.iterdir()) == []

@@ -34,9 +34,9 @@ pipeline = module.pipeline
 """
 
 
-def deployment(name: str, **changes: Any) -> dict[str, Any]:
+def deployment(called: str, **changes: Any) -> dict[str, Any]:
     return {
-        "name": name,
+        "name": called,
         "entrypoint": "scheduled.py:pipeline",
         "tags": ["trunkline"],
         "work_pool": {"name": "local"},
@@ -140,6 +140,10 @@ def test_a_scheduled_run_succeeds_and_down_leaves_nothing(clone: Path) -> None:
     assert all(run["expected_start_time"][11:16] == "02:00" for run in runs("SCHEDULED"))
     assert len(ask(settings, "automations", {})) == 1, "deployed twice, there once"
 
+    wait_for(
+        lambda: not runs("RUNNING", "PENDING"), "the end of the last run; the next one would be cancelled"
+    )
+
     # an event starts a run; overrides go into a workspace of their own; both servers hold its record
     subprocess.run([sys.executable, "-c", EMIT], check=True, env={**os.environ, **used(settings)})
     started = wait_for(
@@ -242,16 +246,32 @@ def entries() -> list[dict[str, Any]]:
     return list(params.read(ROOT / "prefect.yaml")["deployments"])
 
 
-@pytest.mark.parametrize("entry", entries(), ids=lambda entry: str(entry["name"]))
+# until flows/promotion.py:promotion, flows/monitor.py and the pipeline's `promote` are there; strict, so that
+# a name that stays here too long fails
+NOT_YET = {"nightly", "promote", "monitor"}
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        pytest.param(
+            entry,
+            id=entry["name"],
+            marks=[pytest.mark.xfail(strict=True, reason="not there yet")]
+            if entry["name"] in NOT_YET
+            else [],
+        )
+        for entry in entries()
+    ],
+)
 def test_the_entrypoint_of_each_deployment_exists_and_takes_its_parameters(entry: dict[str, Any]) -> None:
+    import importlib
+
     from prefect import Flow
-    from prefect.utilities.importtools import import_object
 
     path, _, name = entry["entrypoint"].partition(":")
-    module = path.removesuffix(".py").replace("/", ".")
-    if not hasattr(import_object(module) if (ROOT / path).is_file() else None, name):
-        pytest.xfail(f"{entry['entrypoint']} is not there yet")
-    flow = import_object(f"{module}.{name}")
+    assert (ROOT / path).is_file()
+    flow = getattr(importlib.import_module(path.removesuffix(".py").replace("/", ".")), name)
     assert isinstance(flow, Flow)
     triggered = {key for trigger in entry.get("triggers", []) for key in trigger.get("parameters", {})}
     assert set(entry.get("parameters", {})) | triggered <= set(flow.parameters.properties)
