@@ -32,7 +32,7 @@ from prefect.task_runners import ThreadPoolTaskRunner  # noqa: E402
 
 from flows import dvc_stage, files, paths, promotion, smoke, tracking, workspace  # noqa: E402
 from flows.dvc_stage import StageFailed, StageInfo  # noqa: E402
-from flows.errors import ResourceError, TrunklineError  # noqa: E402
+from flows.errors import ResourceError, explain  # noqa: E402
 from flows.params import Params, flatten  # noqa: E402
 from flows.registry import Version  # noqa: E402
 from flows.report import build_report  # noqa: E402
@@ -40,10 +40,10 @@ from flows.tracking import MlflowRun  # noqa: E402
 
 
 class _NoTraceOfMistakes(logging.Filter):
-    """A user's mistake is one line; Prefect would log its stack trace several times."""
+    """A user's mistake or a full disk is one line; Prefect would log its stack trace several times."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if record.exc_info and isinstance(record.exc_info[1], TrunklineError):
+        if record.exc_info and record.exc_info[1] and explain(record.exc_info[1]):
             record.exc_info = None
         return True
 
