@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import functools
 import hashlib
+import logging
 import os
 import socket
 import sqlite3
@@ -120,6 +121,8 @@ def _client(uri: str) -> Any:
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     import mlflow
 
+    # it logs every database error with a stack trace and raises it all the same: whoever catches it says it
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     try:
         _probe(uri)
         # processes that meet an empty database all fail in its migration: one creates, the others wait
