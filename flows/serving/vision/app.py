@@ -28,7 +28,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from flows.serving.package import ModelPackage
-from flows.serving.session import Session
+from flows.serving.session import LOGITS, Session
 from flows.serving.vision import protocol
 from flows.serving.vision.protocol import RequestError
 from flows.serving.vision.uploads import extract_image, prepare_image, read_body
@@ -63,7 +63,7 @@ class VisionService:
 
     def __init__(self, package: ModelPackage, session: Session, limits: Limits, info: ServedModel) -> None:
         self.manifest = package.manifest
-        self.image, self.logits = self.manifest.inputs[0], self.manifest.outputs[0]
+        self.image, self.logits = self.manifest.inputs[0], package.output(LOGITS)
         self.digest = package.variant(info.variant).digest
         self.session = session
         self.limits = limits
@@ -151,7 +151,7 @@ class VisionService:
             "versions": [self.info.version],
             "platform": protocol.ONNX_PLATFORM,
             "inputs": tensors(self.manifest.inputs),
-            "outputs": tensors(self.manifest.outputs),
+            "outputs": tensors([self.logits]),
         }
 
     def check_name(self, name: str, version: str | None) -> None:
