@@ -223,7 +223,27 @@ class Serve(Section):
 
 class Tracking(Section):
     uri: Annotated[str, Field(min_length=1)]
+    artifacts: Annotated[str, Field(min_length=1)]
     experiment: Annotated[str, Field(min_length=1)]
+
+
+class Services(Section):
+    """The servers and the worker of `trunkline up`."""
+
+    host: Annotated[str, Field(min_length=1)]
+    prefect_port: Annotated[int, Field(ge=1, le=65535)]
+    mlflow_port: Annotated[int, Field(ge=1, le=65535)]
+    work_pool: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
+    parallel_runs: Positive
+    start_patience_s: Annotated[float, Field(gt=0.0)]
+    stop_patience_s: Annotated[float, Field(gt=0.0)]
+    log_mb: Positive
+
+    @model_validator(mode="after")
+    def _ports_differ(self) -> Self:
+        if self.prefect_port == self.mlflow_port:
+            raise ValueError(f"prefect_port and mlflow_port must differ, both are {self.mlflow_port}")
+        return self
 
 
 class Pipeline(Section):
@@ -246,6 +266,7 @@ class Params(Section):
     registry: Registry
     serve: Serve
     tracking: Tracking
+    services: Services
     pipeline: Pipeline
 
     @model_validator(mode="after")

@@ -105,6 +105,17 @@ def tracking_uri(params: Params) -> str:
     return uri
 
 
+def is_server(uri: str) -> bool:
+    """An MLflow server, rather than a database that this process opens itself."""
+    return uri.startswith(("http://", "https://"))
+
+
+def artifact_root(params: Params) -> str:
+    """Where files of new experiments lie when the store is a database: an absolute path or a bucket's URI."""
+    place = params.tracking.artifacts
+    return place if "://" in place else str(paths.home() / place)
+
+
 def client(params: Params) -> Any:
     """`MlflowClient` of the tracking store, whose schema exists.
 
@@ -153,7 +164,7 @@ def _probe(uri: str) -> None:
         with closing(sqlite3.connect(path, timeout=60)) as database:
             database.execute("BEGIN IMMEDIATE")
             database.rollback()
-    elif uri.startswith(("http://", "https://")):
+    elif is_server(uri):
         address = urllib.parse.urlsplit(uri)
         port = address.port or (443 if address.scheme == "https" else 80)
         socket.create_connection((address.hostname or "", port), timeout=10).close()
@@ -169,13 +180,13 @@ def _exclusive(name: str) -> Iterator[None]:
         yield
 
 
-def _experiment_id(client: Any, name: str) -> str:
+def _experiment_id(client: Any, name: str, artifacts: str) -> str:
     """Made by the first process that asks; one that was deleted on MLflow's pages comes back."""
     with _exclusive("tracking"):
         found = client.get_experiment_by_name(name)
         if found is None:
-            location = str(paths.home() / "mlartifacts") if client.tracking_uri.startswith(SQLITE) else None
-            return str(client.create_experiment(name, artifact_location=location and f"{location}/{name}"))
+            location = None if is_server(client.tracking_uri) else f"{artifacts}/{name}"
+            return str(client.create_experiment(name, artifact_location=location))
         if found.lifecycle_stage == "deleted":
             client.restore_experiment(found.experiment_id)
         return str(found.experiment_id)
@@ -191,7 +202,7 @@ def stage_run(stage: str, cell: str | None, params: Params) -> Iterator[Run]:
         yield Run()
         return
     connection = client(params)
-    experiment = _experiment_id(connection, f"{params.tracking.experiment}/{stage}")
+    experiment = _experiment_id(connection, f"{params.tracking.experiment}/{stage}", artifact_root(params))
     parent = os.environ.get(PARENT_VARIABLE, "")
     tags = {"trunkline.stage": f"{stage}@{cell}" if cell else stage, **provenance_tags()}
     if parent:
@@ -234,7 +245,7 @@ def _origin(params: Params) -> str:
 def pipeline_run(params: Params, name: str, tags: Mapping[str, str]) -> Iterator[MlflowRun]:
     """The parent run of one pipeline execution."""
     connection = client(params)
-    experiment = _experiment_id(connection, f"{params.tracking.experiment}/pipeline")
+    experiment = _experiment_id(connection, f"{params.tracking.experiment}/pipeline", artifact_root(params))
     created = connection.create_run(experiment, run_name=name, tags={**provenance_tags(), **tags})
     run = MlflowRun(connection, created.info.run_id)
     try:
