@@ -13,12 +13,12 @@ from typing import Any
 
 from flows.plots import CoordinateAxis, CoordinateLine, Coordinates
 from flows.sweeps.points import SweepFile
-from flows.sweeps.results import Row, rank, shorten, show
+from flows.sweeps.results import Row, describe, rank, shorten, show
 
 FEW = 7  # distinct numbers up to which each gets a tick
 CLOSE = 0.045  # ticks nearer than this would overprint one another
 LOG_FROM = 30.0  # a grid whose largest value is so many times its smallest is drawn on a logarithmic axis
-SPREAD = 0.03  # height over which lines through one category fan out
+SPREAD = 0.06  # height over which lines through one category fan out
 
 
 def coordinates(rows: Sequence[Row], sweep: SweepFile) -> Coordinates:
@@ -91,16 +91,18 @@ def _categories(label: str, values: Sequence[Any]) -> tuple[CoordinateAxis, list
 
 
 def _fan_out(heights: Sequence[float]) -> list[float]:
-    """Lines through one tick side by side, within the axis."""
+    """Lines through one tick side by side around it, without leaving the axis."""
     members: dict[float, list[int]] = {}
     for index, height in enumerate(heights):
         members.setdefault(height, []).append(index)
     spread = list(heights)
     gap = min((b - a for a, b in pairwise(sorted(members))), default=1.0)
+    width = min(SPREAD, gap / 3)
     for height, indices in members.items():
+        lowest = min(max(height - width / 2, 0.0), 1.0 - width)
         for place, index in enumerate(indices):
-            offset = (place / (len(indices) - 1) - 0.5) if len(indices) > 1 else 0.0
-            spread[index] = min(1.0, max(0.0, height + min(2 * SPREAD, gap / 3) * offset))
+            if len(indices) > 1:
+                spread[index] = lowest + width * place / (len(indices) - 1)
     return spread
 
 
@@ -142,8 +144,13 @@ def page_data(found: Coordinates, rows: Sequence[Row]) -> Mapping[str, Any]:
             {
                 "name": line.label,
                 "at": [*line.heights, line.end],
-                "note": by_name[line.label].reason.splitlines()[0] if by_name[line.label].reason else "",
+                "text": _text(by_name[line.label]),
             }
             for line in found.lines
         ],
     }
+
+
+def _text(row: Row) -> str:
+    result = f"{row.value:.4g}" if row.value is not None else f"{row.status}: {row.reason.splitlines()[0]}"
+    return f": {describe(row.settings)} → {result}"

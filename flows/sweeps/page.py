@@ -56,6 +56,7 @@ def render_page(planned: PlannedSweep, rows: Sequence[Row]) -> str:
     done = [row for row in ranked if row.value is not None]
     found = coordinates.coordinates(rows, sweep)
     data = json.dumps(coordinates.page_data(found, rows), ensure_ascii=False)
+    seeds = results.seed_keys(sweep)
     metrics = sorted({key for row in rows for key in row.metrics} & {sweep.metric, *sweep.also})
     return environment.get_template("sweep.html.j2").render(
         generated=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -64,6 +65,7 @@ def render_page(planned: PlannedSweep, rows: Sequence[Row]) -> str:
         data=Markup(data.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")),
         is_drawn=bool(found.lines),
         rows=ranked,
+        best_settings=results.shorten(done[0].settings) if done else {},
         best=done[0] if done else None,
         extra_metrics=[key for key in metrics if key != sweep.metric],
         names=list(results.shorten(dict.fromkeys(sweep.keys))),
@@ -73,5 +75,8 @@ def render_page(planned: PlannedSweep, rows: Sequence[Row]) -> str:
         status_names=results.NAMES,
         git=tracking.git_commit(),
         dirty=tracking.git_is_dirty(),
-        command=f"trunkline sweep {sweep.name}",
+        file=planned.given,
+        worst=done[-1].value if done else None,
+        group_names=list(results.shorten(dict.fromkeys(k for k in sweep.keys if k not in seeds))),
+        run_command=results.run_command(sweep, done[0]) if done else "",
     )

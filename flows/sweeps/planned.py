@@ -19,6 +19,8 @@ FIELDS = tuple(Row.__dataclass_fields__)
 
 @dataclass(frozen=True)
 class PlannedSweep:
+    given: str
+    """How its author names the file."""
     file: SweepFile
     settings: params.Sweep
     points: list[Point]
@@ -92,7 +94,7 @@ def prepare(name: str, parallel: int = 0) -> PlannedSweep:
     found = list_points(file, str(path), settings.max_points)
     graph = plan.read_plan(file, dvc_stage.read_graph(home), home, str(path))
     signatures = {p.name: plan.sign_stages(graph, p.values, home) for p in found.points if not p.problem}
-    return PlannedSweep(file, settings, found.points, found.repeated, graph, signatures)
+    return PlannedSweep(name, file, settings, found.points, found.repeated, graph, signatures)
 
 
 def _find(name: str, home: Path) -> Path:

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import shlex
 import statistics
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -121,6 +122,15 @@ def show(value: Any) -> str:
 def show_exactly(value: Any) -> str:
     """A setting for `--set` and `-S`: nothing is lost."""
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def run_command(sweep: SweepFile, row: Row) -> str:
+    """`trunkline run` with the settings of `row`: in the same workspace, so that no stage runs again."""
+    given = (("dataset", sweep.dataset), ("recipe", sweep.recipe))
+    options = [f"--{name} {shlex.quote(value)}" for name, value in given if value]
+    settings = {**sweep.settings, **row.settings}
+    options += [f"--set {shlex.quote(f'{key}={show_exactly(value)}')}" for key, value in settings.items()]
+    return " ".join(["trunkline run", *options])
 
 
 def describe(settings: Mapping[str, Any]) -> str:

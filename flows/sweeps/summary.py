@@ -66,14 +66,7 @@ def print_results(summary: Mapping[str, Any], console: Console | None = None) ->
     console.print(f"results  {folder}/sweep.html, results.csv, results.json, parallel_coordinates.png")
     best = results.rank(rows, sweep)[0]
     if best.value is not None:
-        options = [
-            f"--{name} {value}"
-            for name, value in (("dataset", sweep.dataset), ("recipe", sweep.recipe))
-            if value
-        ]
-        settings = {**sweep.settings, **best.settings}
-        options += [f"--set '{key}={results.show_exactly(value)}'" for key, value in settings.items()]
-        console.print(f"best     trunkline run {' '.join(options)}")
+        console.print(f"best     {results.run_command(sweep, best)}")
         if best.experiment:
             console.print(f"         dvc exp apply {best.experiment}")
 
