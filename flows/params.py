@@ -252,6 +252,14 @@ class Pipeline(Section):
     smoke_images: Positive
 
 
+class Sweep(Section):
+    parallel: Positive
+    max_points: Positive
+    gpus_per_point: Count
+    keep_files: bool
+    record_experiments: bool
+
+
 class Params(Section):
     seed: Count
     ingest: Ingest
@@ -268,6 +276,7 @@ class Params(Section):
     tracking: Tracking
     services: Services
     pipeline: Pipeline
+    sweep: Sweep
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
@@ -322,10 +331,10 @@ def check(values: Mapping[str, Any], origin: str) -> Params:
     try:
         return Params.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"{origin}: {_first_problem(error)}") from None
+        raise ConfigError(f"{origin}: {first_problem(error)}") from None
 
 
-def _first_problem(error: ValidationError) -> str:
+def first_problem(error: ValidationError) -> str:
     # a mistyped key is both unknown and missing; the first is what the user wrote
     problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     first = problems[0]

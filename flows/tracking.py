@@ -260,6 +260,40 @@ def pipeline_run(params: Params, name: str, tags: Mapping[str, str]) -> Iterator
     connection.set_terminated(run.run_id, status="FINISHED")
 
 
+@contextmanager
+def continued_run(
+    params: Params, kind: str, name: str, tags: Mapping[str, str], run_id: str = ""
+) -> Iterator[MlflowRun]:
+    """A run of experiment `kind` that a later attempt goes on with: `run_id` if the store has it, else a new
+    one."""
+    connection = client(params)
+    experiment = _experiment_id(connection, f"{params.tracking.experiment}/{kind}")
+    known = run_id and connection.search_runs([experiment], f"attributes.run_id = '{run_id}'", max_results=1)
+    if not known:
+        run_id = connection.create_run(experiment, run_name=name).info.run_id
+    run = MlflowRun(connection, run_id)
+    connection.update_run(run_id, status="RUNNING")
+    try:
+        run.set_tags({**provenance_tags(), **tags})
+        yield run
+    except BaseException as error:
+        run.flush()
+        killed = isinstance(error, Interrupted | KeyboardInterrupt | SystemExit)
+        connection.set_terminated(run_id, status="KILLED" if killed else "FAILED")
+        raise
+    run.flush()
+    connection.set_terminated(run_id, status="FINISHED")
+
+
+def find_run(params: Params, kind: str, tags: Mapping[str, str]) -> str:
+    """The newest run of experiment `kind` with these tags; empty if there is none."""
+    connection = client(params)
+    experiment = _experiment_id(connection, f"{params.tracking.experiment}/{kind}")
+    wanted = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
+    found = connection.search_runs([experiment], wanted, max_results=1)
+    return str(found[0].info.run_id) if found else ""
+
+
 def close_abandoned_runs(params: Params, parent: str) -> int:
     """Mark the runs a killed stage left RUNNING under pipeline run `parent` as KILLED; returns how many."""
     connection = client(params)
