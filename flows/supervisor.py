@@ -1,9 +1,9 @@
 """Keeps the services of `trunkline up` running: `python -m flows.supervisor FOLDER`.
 
-Reads FOLDER/plan.json (written by `flows.services`), starts each service when those it comes after are ready,
-starts one that ended again after a growing pause, keeps its log short, and writes what it knows to
-FOLDER/state.json. SIGTERM ends everything in reverse order. It holds FOLDER/lock as long as it lives: the kernel
-releases it whatever happens, so the lock, not a pid in a file, says whether services run. Every
+Reads FOLDER/plan.json (written by `flows.services`), starts each service when those it comes after are
+ready, starts one that ended again after a growing pause, keeps its log short, and writes what it knows to
+FOLDER/state.json. SIGTERM ends everything in reverse order. It holds FOLDER/lock as long as it lives: the
+kernel releases it whatever happens, so the lock, not a pid in a file, says whether services run. Every
 process below it carries `MARKER` in its environment; that is how they are found after a crash.
 """
 

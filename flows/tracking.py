@@ -267,7 +267,7 @@ def continued_run(
     """A run of experiment `kind` that a later attempt goes on with: `run_id` if the store has it, else a new
     one."""
     connection = client(params)
-    experiment = _experiment_id(connection, f"{params.tracking.experiment}/{kind}")
+    experiment = _experiment_id(connection, f"{params.tracking.experiment}/{kind}", artifact_root(params))
     known = run_id and connection.search_runs([experiment], f"attributes.run_id = '{run_id}'", max_results=1)
     if not known:
         run_id = connection.create_run(experiment, run_name=name).info.run_id
@@ -288,7 +288,7 @@ def continued_run(
 def find_run(params: Params, kind: str, tags: Mapping[str, str]) -> str:
     """The newest run of experiment `kind` with these tags; empty if there is none."""
     connection = client(params)
-    experiment = _experiment_id(connection, f"{params.tracking.experiment}/{kind}")
+    experiment = _experiment_id(connection, f"{params.tracking.experiment}/{kind}", artifact_root(params))
     wanted = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
     found = connection.search_runs([experiment], wanted, max_results=1)
     return str(found[0].info.run_id) if found else ""
