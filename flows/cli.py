@@ -1,4 +1,4 @@
-"""The command `trunkline`: run the pipeline, serve a model, rewrite the report.
+"""The command `trunkline`: run the pipeline, sweep over settings, serve a model, rewrite the report.
 
 Heavy packages are imported inside the commands, so that `trunkline --help` answers at once.
 """
@@ -41,6 +41,40 @@ def run(
     except KeyboardInterrupt:
         raise Interrupted("stopped; the same command continues where it was") from None
     print_summary(summary)
+
+
+@app.command()
+def sweep(
+    file: Annotated[str, typer.Argument(help="sweep file, or its name in recipes/sweeps/")],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print the points and what each would run")
+    ] = False,
+    parallel: Annotated[
+        int, typer.Option(min=0, help="points at once; 0: sweep.parallel of params.yaml")
+    ] = 0,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="also points that would fail in the same way again")
+    ] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="a failed point makes the command fail")] = False,
+) -> None:
+    """Try many settings: every point of a sweep file through the same stages, several at once."""
+    from flows.sweeps.planned import prepare
+    from flows.sweeps.summary import print_plan, print_results, refuse_failures
+
+    paths.workspace()
+    planned = prepare(file, parallel)  # finds mistakes before a server is started for the flow
+    if dry_run:
+        print_plan(planned)
+        return
+    from flows.sweep import sweep as run_sweep
+
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        summary = run_sweep(file, parallel, retry_failed)
+    except KeyboardInterrupt:
+        raise Interrupted("stopped; the same command continues where it was") from None
+    print_results(summary)
+    refuse_failures(summary, strict)
 
 
 def _interrupt(signum: int, frame: object) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import functools
 import hashlib
+import logging
 import os
 import socket
 import sqlite3
@@ -131,6 +132,8 @@ def _client(uri: str) -> Any:
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     import mlflow
 
+    # it logs every database error with a stack trace and raises it all the same: whoever catches it says it
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     try:
         _probe(uri)
         # processes that meet an empty database all fail in its migration: one creates, the others wait
@@ -255,6 +258,40 @@ def pipeline_run(params: Params, name: str, tags: Mapping[str, str]) -> Iterator
         raise
     run.flush()
     connection.set_terminated(run.run_id, status="FINISHED")
+
+
+@contextmanager
+def continued_run(
+    params: Params, kind: str, name: str, tags: Mapping[str, str], run_id: str = ""
+) -> Iterator[MlflowRun]:
+    """A run of experiment `kind` that a later attempt goes on with: `run_id` if the store has it, else a new
+    one."""
+    connection = client(params)
+    experiment = _experiment_id(connection, f"{params.tracking.experiment}/{kind}", artifact_root(params))
+    known = run_id and connection.search_runs([experiment], f"attributes.run_id = '{run_id}'", max_results=1)
+    if not known:
+        run_id = connection.create_run(experiment, run_name=name).info.run_id
+    run = MlflowRun(connection, run_id)
+    connection.update_run(run_id, status="RUNNING")
+    try:
+        run.set_tags({**provenance_tags(), **tags})
+        yield run
+    except BaseException as error:
+        run.flush()
+        killed = isinstance(error, Interrupted | KeyboardInterrupt | SystemExit)
+        connection.set_terminated(run_id, status="KILLED" if killed else "FAILED")
+        raise
+    run.flush()
+    connection.set_terminated(run_id, status="FINISHED")
+
+
+def find_run(params: Params, kind: str, tags: Mapping[str, str]) -> str:
+    """The newest run of experiment `kind` with these tags; empty if there is none."""
+    connection = client(params)
+    experiment = _experiment_id(connection, f"{params.tracking.experiment}/{kind}", artifact_root(params))
+    wanted = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
+    found = connection.search_runs([experiment], wanted, max_results=1)
+    return str(found[0].info.run_id) if found else ""
 
 
 def close_abandoned_runs(params: Params, parent: str) -> int:
