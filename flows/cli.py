@@ -153,6 +153,18 @@ def _show_services() -> None:
 
 
 @app.command()
+def sync() -> None:
+    """Deliver what was logged while the tracking store was away."""
+    from flows.tracking import deliver_leftovers
+
+    paths.workspace()
+    delivered, others = deliver_leftovers(params.load())
+    print(f"{delivered} runs delivered" if delivered else "nothing to deliver")
+    if others:
+        print(f"{others} runs belong to another store; choose it by MLFLOW_TRACKING_URI or `tracking.uri`")
+
+
+@app.command()
 def deploy() -> None:
     """Bring the running Prefect server in line with a changed prefect.yaml."""
     checked = params.load(paths.workspace() / "params.yaml")

@@ -225,6 +225,8 @@ class Tracking(Section):
     uri: Annotated[str, Field(min_length=1)]
     artifacts: Annotated[str, Field(min_length=1)]
     experiment: Annotated[str, Field(min_length=1)]
+    timeout_s: Positive
+    patience_s: NonNegative
 
 
 class Services(Section):

@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from flows import files, paths, ports, tracking
+from flows import files, paths, ports, stores, tracking
 from flows.errors import ResourceError
 from flows.params import Params
 from flows.supervisor import (
@@ -82,7 +82,7 @@ def plan(params: Params) -> list[Service]:
         )
     shared["PREFECT_API_URL"] = api
     store = tracking.tracking_uri(params)
-    if not tracking.is_server(store):
+    if not stores.is_server(store):
         page = page_url(settings.host, settings.mlflow_port)
         found.append(
             Service(
@@ -164,7 +164,7 @@ def up(params: Params) -> bool:
                 ports.require_free(params.services.host, params.services.prefect_port)
             if service.name == "mlflow":
                 ports.require_free(params.services.host, params.services.mlflow_port)
-        if not tracking.is_server(tracking.tracking_uri(params)):
+        if not stores.is_server(tracking.tracking_uri(params)):
             tracking.client(params)  # creates the store, or says in one line why it cannot
         # the store's URI may hold a password, so it travels through the environment and not through a file
         secret = mlflow_environment(params)
