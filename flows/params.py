@@ -122,6 +122,14 @@ class Training(Section):
         return self
 
 
+class Distributed(Section):
+    """How long processes on several machines wait for one another; no influence on the result."""
+
+    rendezvous_timeout_s: Annotated[int, Field(ge=10)]
+    peer_timeout_s: Annotated[int, Field(ge=5)]
+    collective_timeout_s: Annotated[int, Field(ge=60)]
+
+
 class Pretrain(Section):
     subset: Percentage
     mask_unit: Positive
@@ -268,6 +276,7 @@ class Params(Section):
     scale: Scale
     model: Model
     loader: Loader
+    distributed: Distributed
     pretrain: Pretrain
     finetune: Finetune
     evaluate: Evaluate
