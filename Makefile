@@ -1,6 +1,7 @@
 # make run            the whole pipeline on real images, with embedded services
 # make test           all tests
 # make lint           format, style, types, import directions
+# make sweep          many settings, several at once: FILE=name in recipes/sweeps or path
 # make ui             Prefect and MLflow pages of what ran      make serve   the champion over HTTP
 # Variables of run: DATASET=digits|cifar10|path/to/folder  RECIPE=name  SET="key=value key=value"
 
@@ -15,10 +16,13 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export PREFECT_HOME ?= $(CURDIR)/.prefect
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: run test lint format ui serve report bench clean help
+.PHONY: run sweep test lint format ui serve report bench clean help
 
 run: $(VENV)/.installed
 	@$(BIN)/trunkline run $(if $(DATASET),--dataset "$(DATASET)") $(if $(RECIPE),--recipe "$(RECIPE)") $(foreach s,$(SET),--set "$(s)")
+
+sweep: $(VENV)/.installed
+	@$(BIN)/trunkline sweep "$(or $(FILE),learning_rates)"
 
 test: $(VENV)/.installed-test
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile

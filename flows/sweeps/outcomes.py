@@ -116,12 +116,11 @@ def drop_files(root: Path) -> None:
 
 
 def _cached_outputs(root: Path) -> list[str]:
-    cache = paths.home() / ".dvc" / "cache" / "files" / "md5"
     locked = yaml.safe_load((root / "dvc.lock").read_text())["stages"]
     found = []
     for out in (out for stage in locked.values() for out in stage.get("outs", ())):
-        path, digest = Path(out["path"]), str(out.get("md5", ""))
+        path = Path(out["path"])
         kept = path.is_absolute() or ".." in path.parts or any(folder in path.parents for folder in KEPT)
-        if not kept and digest and (cache / digest[:2] / digest[2:]).is_file():
+        if not kept and experiments.is_cached(paths.home(), out):
             found.append(out["path"])
     return found
