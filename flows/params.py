@@ -223,6 +223,14 @@ class Serve(Section):
         return self
 
 
+class Rollout(Section):
+    servers: list[Annotated[str, Field(pattern=r"^https?://[^/\s]+/?$")]]
+    wait_s: NonNegative
+    poll_s: Annotated[float, Field(gt=0.0)]
+    request_s: Annotated[float, Field(gt=0.0)]
+    rollback_on_failure: bool
+
+
 class Tracking(Section):
     uri: Annotated[str, Field(min_length=1)]
     experiment: Annotated[str, Field(min_length=1)]
@@ -247,6 +255,7 @@ class Params(Section):
     parity: Parity
     registry: Registry
     serve: Serve
+    rollout: Rollout
     tracking: Tracking
     pipeline: Pipeline
 
