@@ -214,6 +214,8 @@ class Serve(Section):
     access_log_files: Count
     golden_tolerance: Fraction
     golden_int8_agreement: Fraction
+    poll_s: Annotated[float, Field(gt=0.0)]
+    retry_s: Annotated[float, Field(gt=0.0)]
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -227,6 +229,14 @@ class Serve(Section):
                 f"timeout_ms {self.timeout_ms} must not exceed max_timeout_ms {self.max_timeout_ms}"
             )
         return self
+
+
+class Rollout(Section):
+    servers: list[Annotated[str, Field(pattern=r"^https?://[^/\s]+/?$")]]
+    wait_s: NonNegative
+    poll_s: Annotated[float, Field(gt=0.0)]
+    request_s: Annotated[float, Field(gt=0.0)]
+    rollback_on_failure: bool
 
 
 class Tracking(Section):
@@ -284,6 +294,7 @@ class Params(Section):
     parity: Parity
     registry: Registry
     serve: Serve
+    rollout: Rollout
     tracking: Tracking
     services: Services
     pipeline: Pipeline
