@@ -206,6 +206,8 @@ class Serve(Section):
     access_log_files: Count
     golden_tolerance: Fraction
     golden_int8_agreement: Fraction
+    poll_s: Annotated[float, Field(gt=0.0)]
+    retry_s: Annotated[float, Field(gt=0.0)]
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
