@@ -341,8 +341,8 @@ def markdown(result: dict[str, Any]) -> str:
             "",
             f"Maximum mean discrepancy with {MMD_PERMUTATIONS} permutations against Kolmogorov-Smirnov with "
             f"Bonferroni, both on the embedding alone at alpha {MMD_ALPHA:g}, same windows of {MMD_SIZE} "
-            f"images: on {none['windows']} clean windows {none['mmd']:.1%} against {none['ks']:.1%} alarm, on "
-            f"corrupted ones (severities 1–3, {MMD_WINDOWS} windows each) "
+            f"images: on {none['windows']} clean windows {none['mmd']:.1%} against {none['ks']:.1%} alarm, "
+            f"on corrupted ones (severities 1–3, {MMD_WINDOWS} windows each) "
             f"{np.mean([r['mmd'] for r in rest]):.1%} against {np.mean([r['ks'] for r in rest]):.1%}.",
         ]
     return "\n".join([*lines, ""])

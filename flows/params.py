@@ -191,11 +191,38 @@ class Registry(Section):
 class Serve(Section):
     host: str
     port: Annotated[int, Field(ge=0, le=65535)]
-    variant: Literal["fp32", "int8"]
+    variant: Literal["fp32", "int8", "auto"]
     providers: Providers
     threads: Count
     max_upload_mb: Positive
+    max_request_images: Positive
     max_batch: Positive
+    max_wait_ms: NonNegative
+    queue_images: Positive
+    max_requests: Positive
+    timeout_ms: Positive
+    max_timeout_ms: Positive
+    drain_s: NonNegative
+    access_log: Annotated[str, Field(min_length=1)]
+    access_log_mb: Positive
+    access_log_files: Count
+    golden_tolerance: Fraction
+    golden_int8_agreement: Fraction
+    poll_s: Annotated[float, Field(gt=0.0)]
+    retry_s: Annotated[float, Field(gt=0.0)]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.max_request_images > self.queue_images:
+            raise ValueError(
+                f"max_request_images {self.max_request_images} must not exceed queue_images "
+                f"{self.queue_images}"
+            )
+        if self.timeout_ms > self.max_timeout_ms:
+            raise ValueError(
+                f"timeout_ms {self.timeout_ms} must not exceed max_timeout_ms {self.max_timeout_ms}"
+            )
+        return self
 
 
 class Monitor(Section):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,3 +66,16 @@ def change_params(folder: Path, changes: dict[str, Any]) -> Params:
         values = params.overlay(values, params.parse_setting(f"{key}={value}"), "test")
     (folder / "params.yaml").write_text(yaml.safe_dump(values))
     return params.load(folder / "params.yaml")
+
+
+@pytest.fixture(scope="session")
+def wait_until() -> Callable[[Callable[[], bool]], None]:
+    """Wait for a condition, with a bound that is generous on a busy machine."""
+
+    def wait(condition: Callable[[], bool], bound_s: float = 60.0) -> None:
+        until = time.monotonic() + bound_s
+        while not condition():
+            assert time.monotonic() < until, "the condition did not come true"
+            time.sleep(0.01)
+
+    return wait
