@@ -121,7 +121,8 @@ class TrafficRecorder:
         assert log is not None
         assert log.matrix is not None
         try:
-            records = describe(images[rows], outputs[LOGITS][rows], outputs[FEATURES][rows], log.matrix)
+            with np.errstate(all="ignore"):  # what is not finite is counted below
+                records = describe(images[rows], outputs[LOGITS][rows], outputs[FEATURES][rows], log.matrix)
         except Exception:  # whatever is wrong with a batch, serving and the next one go on
             _log.exception("a served batch could not be described")
             return
@@ -452,7 +453,7 @@ def _lines(path: Path, window: Window) -> Iterator[dict[str, Any]]:
                 if not isinstance(line, dict):
                     raise ValueError("not an object")
             except ValueError:  # torn by a crash or a full disk; UnicodeDecodeError is one too
-                window.damaged_lines += raw != b"\n"
+                window.damaged_lines += bool(raw.strip())
                 continue
             yield line
 
