@@ -141,11 +141,13 @@ def _folded(tests: tuple[DriftTest, ...]) -> list[FamilyResult]:
 
 def explain_family(result: FamilyResult, settings: Monitor) -> str:
     """One sentence on a family that alarms."""
-    strongest = result.strongest
-    what = f"{result.alarmed} of {result.tests} tests" if result.tests > 1 else "the test"
-    measure = "total variation distance" if strongest.method == "chi2" else "gap of the distributions"
-    where = f" in {strongest.name}" if result.tests > 1 else ""
+    strongest, where = result.strongest, ""
+    what = "the test alarms"
+    if result.tests > 1:
+        what = f"{result.alarmed} of {result.tests} tests alarm"
+        where = f" in {strongest.name}"
     return (
-        f"{result.name}: {what} alarmed; largest {measure} {strongest.effect:.2f}{where}, at least "
-        f"{settings.min_effect:g} counts (adjusted p {result.adjusted_p:.1e}, alpha {settings.alpha:g})"
+        f"{result.name}: {what}, the largest effect is {strongest.effect:.2f}{where} "
+        f"(monitor.min_effect {settings.min_effect:g}), adjusted p {result.adjusted_p:.1e} "
+        f"(monitor.alpha {settings.alpha:g})"
     )
