@@ -112,6 +112,27 @@ def serve_vision(
 
 
 @app.command()
+def monitor(
+    model: Annotated[
+        str, typer.Option(help="registered model; empty: the one of params.yaml's data set")
+    ] = "",
+    hours: Annotated[float, typer.Option(help="length of the window up to now; 0: params.yaml")] = 0.0,
+) -> None:
+    """Judge the served traffic: drift, latency, errors; an alarm can start the pipeline."""
+    params.load()
+    from flows.monitor import monitor as flow
+
+    summary = flow(model=model, hours=hours)
+    print(summary["verdict"])
+    for text in summary["reasons"]:
+        print(f"  {text}")
+    for text in summary["unjudged"]:
+        print(f"  not judged: {text}")
+    if "report" in summary:
+        print(f"{summary['action']}\n{summary['report']}")
+
+
+@app.command()
 def rollout(
     model: Annotated[
         str, typer.Option(help="registered model; empty: the one of params.yaml's data set")

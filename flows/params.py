@@ -172,6 +172,8 @@ class Export(Section):
     opset: Annotated[int, Field(ge=18, le=25)]
     int8_calibration_images: Positive
     dynamic_batch_max: Annotated[int, Field(ge=2)]
+    reference_images: Positive
+    embedding_dims: Annotated[int, Field(ge=1, le=256)]
 
 
 class Parity(Section):
@@ -239,6 +241,34 @@ class Rollout(Section):
     rollback_on_failure: bool
 
 
+class Monitor(Section):
+    record: bool
+    sample_fraction: Annotated[float, Field(gt=0.0, le=1.0)]
+    max_images_per_s: Annotated[float, Field(gt=0.0)]
+    file_mb: Positive
+    max_mb: Positive
+    keep_days: Positive
+    hours: Annotated[float, Field(gt=0.0)]
+    min_images: Annotated[int, Field(ge=2)]
+    min_requests: Positive
+    alpha: OpenFraction
+    min_effect: Fraction
+    families: Annotated[
+        list[Literal["embedding", "pixels", "predictions", "confidence"]], Field(min_length=1)
+    ]
+    max_p95_ms: Annotated[float, Field(gt=0.0)]
+    max_error_fraction: Fraction
+    cooldown_hours: NonNegative
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.max_mb < 2 * self.file_mb:
+            raise ValueError(f"max_mb {self.max_mb} must be at least twice file_mb {self.file_mb}")
+        if len(set(self.families)) != len(self.families):
+            raise ValueError(f"families must not repeat, got {self.families}")
+        return self
+
+
 class Tracking(Section):
     uri: Annotated[str, Field(min_length=1)]
     artifacts: Annotated[str, Field(min_length=1)]
@@ -295,6 +325,7 @@ class Params(Section):
     registry: Registry
     serve: Serve
     rollout: Rollout
+    monitor: Monitor
     tracking: Tracking
     services: Services
     pipeline: Pipeline

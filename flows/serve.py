@@ -17,6 +17,7 @@ from flows.following import Follower, Target, following
 from flows.params import Params, Serve
 from flows.registry import Version
 from flows.serving.package import ModelPackage
+from flows.serving.traffic import TrafficRecorder
 from flows.serving.vision.model import Release
 from flows.serving.vision.service import VisionService
 
@@ -50,16 +51,35 @@ def serve_registered(
         return release(params, registry.version_of(params, found.name, target.version))
 
     first = release(params, found)
-    serve(
-        first.folder,
-        settings,
-        version=first.version,
-        git_commit=first.git_commit,
-        max_pixels=params.ingest.max_pixels,
-        name=first.name,
-        digest=first.digest,
-        companion=None if version else follow,
-    )
+    recorder = TrafficRecorder(paths.home(), params.monitor, open_served) if params.monitor.record else None
+    try:
+        serve(
+            first.folder,
+            settings,
+            version=first.version,
+            git_commit=first.git_commit,
+            max_pixels=params.ingest.max_pixels,
+            name=first.name,
+            digest=first.digest,
+            companion=None if version else follow,
+            on_batch=recorder.on_batch if recorder else None,
+            on_request=recorder.on_request if recorder else None,
+        )
+    finally:
+        if recorder is not None:
+            recorder.close()
+
+
+def open_served(name: str, version: str) -> ModelPackage:
+    """The package of a version that was fetched, without reading its weights again.
+
+    Raises:
+        DataError: it is not there.
+    """
+    folders = sorted(served_folder(name).glob(f"{version}-*"), key=lambda folder: folder.stat().st_mtime)
+    if not folders:
+        raise DataError(f"{served_folder(name)} has no version {version}")
+    return ModelPackage.open(folders[-1], variants=())
 
 
 def target_of(version: Version) -> Target:
@@ -129,4 +149,8 @@ def fetch(params: Params, version: Version) -> Path:
 
 def folder_of(version: Version) -> Path:
     digest = version.tags.get("onnx.digest", "")[:12]
-    return paths.home() / ".trunkline" / "served" / version.name / f"{version.version}-{digest}"
+    return served_folder(version.name) / f"{version.version}-{digest}"
+
+
+def served_folder(name: str) -> Path:
+    return paths.home() / ".trunkline" / "served" / name

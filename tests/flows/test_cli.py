@@ -80,7 +80,7 @@ def one_line(answer: Answer, code: int, *words: str) -> None:
 def test_help_names_the_commands(trunkline: Callable[..., Answer]) -> None:
     answer = trunkline("--help")
     assert answer.code == 0
-    assert all(word in answer.out for word in ("run", "serve", "ui", "report"))
+    assert all(word in answer.out for word in ("run", "serve", "monitor", "ui", "report"))
     assert trunkline("run", "--help").code == 0
 
 

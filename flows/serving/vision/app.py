@@ -31,7 +31,7 @@ from flows.serving.vision.access_log import AccessLog
 from flows.serving.vision.gateway import EXCHANGE, Gateway
 from flows.serving.vision.metrics import CONTENT_TYPE
 from flows.serving.vision.model import LoadedModel, softmax
-from flows.serving.vision.observing import OnBatch
+from flows.serving.vision.observing import OnBatch, OnRequest
 from flows.serving.vision.openapi import document
 from flows.serving.vision.service import Exchange, Limits, VisionService
 from flows.serving.vision.uploads import extract_image, prepare_image, read_body
@@ -47,14 +47,16 @@ def create_app(
     *,
     access_log: AccessLog | None = None,
     on_batch: OnBatch | None = None,
+    on_request: OnRequest | None = None,
 ) -> Starlette:
     """The ASGI application around one loaded model; `app.state.service` is its VisionService.
 
     Args:
         access_log: default: none.
         on_batch: sees every batch that was served, off the hot path; see `observing`.
+        on_request: told of every answered inference request; see `observing`.
     """
-    service = VisionService(model, limits, access_log=access_log, on_batch=on_batch)
+    service = VisionService(model, limits, access_log=access_log, on_batch=on_batch, on_request=on_request)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:

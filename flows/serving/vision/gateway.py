@@ -17,6 +17,7 @@ from flows.serving.vision.service import Exchange, VisionService, utc
 EXCHANGE = "trunkline.exchange"
 """Key of the `Exchange` in the ASGI scope."""
 CLOSE = (b"connection", b"close")
+INFERENCE = ("/infer", "/v1/classify")  # ends of the routes that ask the network
 GONE = 499  # in logs and metrics only: nobody was there to be answered
 REQUEST_ID = re.compile(r"[!-~]{1,128}")
 
@@ -74,6 +75,9 @@ class Gateway:
         metrics = self.service.metrics
         metrics.requests.labels(exchange.route, str(exchange.status)).inc()
         metrics.request_seconds.labels(exchange.route).observe(total_s)
+        if self.service.on_request is not None and exchange.route.endswith(INFERENCE):
+            served = exchange.model or self.service.model
+            self.service.on_request(served.info, exchange.status, total_s)
         if not self.service.access_log.is_on:
             return
         model = exchange.model

@@ -24,7 +24,7 @@ from flows.params import Serve
 from flows.serving.vision.access_log import AccessLog
 from flows.serving.vision.app import create_app
 from flows.serving.vision.model import Release, load_model
-from flows.serving.vision.observing import OnBatch
+from flows.serving.vision.observing import OnBatch, OnRequest
 from flows.serving.vision.service import Limits, VisionService
 
 BACKLOG = 128
@@ -45,6 +45,7 @@ def serve(
     digest: str | None = None,
     companion: Companion | None = None,
     on_batch: OnBatch | None = None,
+    on_request: OnRequest | None = None,
 ) -> None:
     """Serve the model package in `folder` until SIGINT or SIGTERM; then answer what is in flight and return.
 
@@ -57,6 +58,7 @@ def serve(
         digest: content digest of variant fp32 in the registry; another one is refused.
         companion: entered around serving, with the service whose model it may switch.
         on_batch: sees every batch that was served, off the hot path.
+        on_request: told of every answered inference request.
 
     Raises:
         ResourceError: the port is taken or not allowed, an execution provider is missing, or the access log
@@ -68,7 +70,11 @@ def serve(
         release = Release(folder, version, git_commit, name, digest)
         model = load_model(release, settings, max_pixels)
         app = create_app(
-            model, Limits.of(settings, max_pixels), access_log=_access_log(settings), on_batch=on_batch
+            model,
+            Limits.of(settings, max_pixels),
+            access_log=_access_log(settings),
+            on_batch=on_batch,
+            on_request=on_request,
         )
         service: VisionService = app.state.service
         server = _Server(
