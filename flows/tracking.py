@@ -228,11 +228,13 @@ def _origin(params: Params) -> str:
 
 
 @contextmanager
-def pipeline_run(params: Params, name: str, tags: Mapping[str, str]) -> Iterator[MlflowRun]:
-    """The parent run of one pipeline execution."""
+def pipeline_run(
+    params: Params, name: str, tags: Mapping[str, str], experiment: str = "pipeline"
+) -> Iterator[MlflowRun]:
+    """The parent run of one pipeline execution, or the run of another flow in an `experiment` of its own."""
     connection = client(params)
-    experiment = _experiment_id(connection, f"{params.tracking.experiment}/pipeline")
-    created = connection.create_run(experiment, run_name=name, tags={**provenance_tags(), **tags})
+    experiment_id = _experiment_id(connection, f"{params.tracking.experiment}/{experiment}")
+    created = connection.create_run(experiment_id, run_name=name, tags={**provenance_tags(), **tags})
     run = MlflowRun(connection, created.info.run_id)
     try:
         run.log_params(params.model_dump())
