@@ -20,7 +20,6 @@ environment.prepare()
 from prefect import flow, get_run_logger, task  # noqa: E402  # Prefect reads its settings at import
 from prefect.artifacts import create_table_artifact  # noqa: E402
 from prefect.cache_policies import NO_CACHE  # noqa: E402
-from prefect.client.schemas import State  # noqa: E402
 from prefect.exceptions import FlowPauseTimeout  # noqa: E402
 from prefect.flow_runs import pause_flow_run  # noqa: E402
 from prefect.input import RunInput  # noqa: E402
@@ -47,7 +46,7 @@ class Approval(RunInput):
 
 
 @flow(name="promotion", persist_result=False)
-def promotion(model: str = "", version: str = "", again: bool = False) -> State[dict[str, Any]]:
+def promotion(model: str = "", version: str = "", again: bool = False) -> Any:
     """Try `version` of `model` and promote it if every gate passes.
 
     Args:
@@ -56,7 +55,7 @@ def promotion(model: str = "", version: str = "", again: bool = False) -> State[
         again: also when it was rolled back before.
 
     Returns:
-        A completed state with the decision as a JSON-able mapping.
+        The decision as a JSON-able mapping, in a completed state whose message says it in words.
     """
     logger = get_run_logger()
     params = parameters.load()
