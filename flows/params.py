@@ -195,7 +195,6 @@ class Promotion(Section):
     resamples: Annotated[int, Field(ge=100)]
     confidence: OpenFraction
     golden_requests: Positive
-    golden_tolerance: Fraction
     latency_batch_sizes: Annotated[list[Positive], Field(min_length=1)]
     latency_runs: Positive
     max_p95_ms: list[Annotated[float, Field(gt=0.0)]]
@@ -220,22 +219,75 @@ class Promotion(Section):
 class Serve(Section):
     host: str
     port: Annotated[int, Field(ge=0, le=65535)]
-    variant: Literal["fp32", "int8"]
+    variant: Literal["fp32", "int8", "auto"]
     providers: Providers
     threads: Count
     max_upload_mb: Positive
+    max_request_images: Positive
     max_batch: Positive
+    max_wait_ms: NonNegative
+    queue_images: Positive
+    max_requests: Positive
+    timeout_ms: Positive
+    max_timeout_ms: Positive
+    drain_s: NonNegative
+    access_log: Annotated[str, Field(min_length=1)]
+    access_log_mb: Positive
+    access_log_files: Count
+    golden_tolerance: Fraction
+    golden_int8_agreement: Fraction
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.max_request_images > self.queue_images:
+            raise ValueError(
+                f"max_request_images {self.max_request_images} must not exceed queue_images "
+                f"{self.queue_images}"
+            )
+        if self.timeout_ms > self.max_timeout_ms:
+            raise ValueError(
+                f"timeout_ms {self.timeout_ms} must not exceed max_timeout_ms {self.max_timeout_ms}"
+            )
+        return self
 
 
 class Tracking(Section):
     uri: Annotated[str, Field(min_length=1)]
+    artifacts: Annotated[str, Field(min_length=1)]
     experiment: Annotated[str, Field(min_length=1)]
+
+
+class Services(Section):
+    """The servers and the worker of `trunkline up`."""
+
+    host: Annotated[str, Field(min_length=1)]
+    prefect_port: Annotated[int, Field(ge=1, le=65535)]
+    mlflow_port: Annotated[int, Field(ge=1, le=65535)]
+    work_pool: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
+    parallel_runs: Positive
+    start_patience_s: Annotated[float, Field(gt=0.0)]
+    stop_patience_s: Annotated[float, Field(gt=0.0)]
+    log_mb: Positive
+
+    @model_validator(mode="after")
+    def _ports_differ(self) -> Self:
+        if self.prefect_port == self.mlflow_port:
+            raise ValueError(f"prefect_port and mlflow_port must differ, both are {self.mlflow_port}")
+        return self
 
 
 class Pipeline(Section):
     parallel_stages: Positive
     retries: Count
     smoke_images: Positive
+
+
+class Sweep(Section):
+    parallel: Positive
+    max_points: Positive
+    gpus_per_point: Count
+    keep_files: bool
+    record_experiments: bool
 
 
 class Params(Section):
@@ -253,7 +305,9 @@ class Params(Section):
     promotion: Promotion
     serve: Serve
     tracking: Tracking
+    services: Services
     pipeline: Pipeline
+    sweep: Sweep
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
@@ -308,10 +362,10 @@ def check(values: Mapping[str, Any], origin: str) -> Params:
     try:
         return Params.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"{origin}: {_first_problem(error)}") from None
+        raise ConfigError(f"{origin}: {first_problem(error)}") from None
 
 
-def _first_problem(error: ValidationError) -> str:
+def first_problem(error: ValidationError) -> str:
     # a mistyped key is both unknown and missing; the first is what the user wrote
     problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     first = problems[0]

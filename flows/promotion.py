@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from flows import environment
 
@@ -28,13 +28,12 @@ from prefect.states import Completed  # noqa: E402
 from flows import decision, gates  # noqa: E402
 from flows import params as parameters  # noqa: E402
 from flows.decision import Decision  # noqa: E402
-from flows.flow_logs import hide_traces_of_mistakes  # noqa: E402
 from flows.gates import Candidate, Gate  # noqa: E402
 from flows.params import Params  # noqa: E402
 from flows.registry import Version  # noqa: E402
 from flows.serve import dataset_name  # noqa: E402
 
-hide_traces_of_mistakes()
+environment.hide_traces_of_mistakes()
 POLL_S = 5  # how often a waiting flow looks for an answer
 
 
@@ -46,7 +45,7 @@ class Approval(RunInput):
 
 
 @flow(name="promotion", persist_result=False)
-def promotion(model: str = "", version: str = "", again: bool = False) -> Any:
+def promotion(model: str = "", version: str = "", again: bool = False) -> dict[str, Any]:
     """Try `version` of `model` and promote it if every gate passes.
 
     Args:
@@ -63,7 +62,7 @@ def promotion(model: str = "", version: str = "", again: bool = False) -> Any:
     chosen = decision.choose(params, name, version)
     if chosen is None:
         text = f"{name} has no challenger; nothing to promote"
-        return Completed(message=text, data={"name": name, "version": "", "refused": False, "reason": text})
+        return _completed(text, {"name": name, "version": "", "refused": False, "reason": text})
     params, root = decision.workspace_of(params, chosen)
     logger.info("version %s of %s, judged in %s", chosen.version, name, root)
 
@@ -78,7 +77,12 @@ def promotion(model: str = "", version: str = "", again: bool = False) -> Any:
     publish(made)
     text = describe(made)
     logger.info(text)
-    return Completed(message=text, data=made.to_dict())
+    return _completed(text, made.to_dict())
+
+
+def _completed(message: str, result: dict[str, Any]) -> dict[str, Any]:
+    """A state with a message of its own. Prefect takes it for the flow's end and gives its caller `result`."""
+    return cast(dict[str, Any], Completed(message=message, data=result))
 
 
 @task(task_run_name="{name}", cache_policy=NO_CACHE, persist_result=False)

@@ -26,7 +26,7 @@ from flows.serving.package import ModelPackage
 from flows.serving.session import Session, open_session
 from flows.tracking import MlflowRun
 
-PARITY, LOCK, RECEIPTS = "parity.json", "dvc.lock", "receipts.json"
+PARITY, PLACEMENT, LOCK, RECEIPTS = "parity.json", "placement.json", "dvc.lock", "receipts.json"
 SEALED = {
     "parity.sha256": PARITY,
     "golden.sha256": f"{golden.FOLDER}/{golden.INDEX}",
@@ -34,6 +34,8 @@ SEALED = {
     "receipts.sha256": RECEIPTS,
 }
 """Tags that hold the sha256 of files which the export's manifest does not list."""
+PLACEMENT_SEAL = "placement.sha256"
+"""Only of versions that have a placement file."""
 
 
 def register_export(params: Params, root: Path, run: MlflowRun) -> Version:
@@ -62,6 +64,8 @@ def fill_folder(params: Params, root: Path, folder: Path) -> None:
     """
     shutil.copytree(root / paths.EXPORT, folder)
     shutil.copy(root / paths.PARITY / "parity.json", folder / PARITY)
+    if (placement := root / paths.PARITY / PLACEMENT).is_file():
+        shutil.copy(placement, folder)
     shutil.copy(root / "dvc.lock", folder / LOCK)
     files.write_json(folder / RECEIPTS, read_receipts(root))
     package = ModelPackage.open(folder, variants=("fp32",))
@@ -122,8 +126,11 @@ def version_tags(root: Path, manifest: dict[str, Any]) -> dict[str, str]:
 
 
 def seals(folder: Path) -> dict[str, str]:
-    """The tags of `SEALED` for a filled folder."""
-    return {tag: files.sha256_file(folder / file) for tag, file in SEALED.items()}
+    """The tags of `SEALED` for a filled folder, and that of the placement file if it has one."""
+    found = {tag: files.sha256_file(folder / file) for tag, file in SEALED.items()}
+    if (folder / PLACEMENT).is_file():
+        found[PLACEMENT_SEAL] = files.sha256_file(folder / PLACEMENT)
+    return found
 
 
 def measurement_tags(params: Params, root: Path) -> dict[str, str]:

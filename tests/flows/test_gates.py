@@ -101,7 +101,7 @@ def test_a_sound_export_passes_every_gate(candidate: Candidate) -> None:
     assert {name: gate.passed for name, gate in found.items()} == dict.fromkeys(GATES, True), found
     assert found["servability"].figures["requests"] == 8
     assert found["servability"].figures["largest_difference"] < 1e-4
-    assert found["budget"].figures["p95_ms_batch_4"] > 0
+    assert found["budget"].figures["fp32_p95_ms_batch_4"] > 0
     assert found["budget"].figures["machine"] in found["budget"].reason
     assert 0.85 < found["quality"].figures["top1_low"] < found["quality"].figures["top1"] <= 1
     assert found["integrity"].figures["digest"] == candidate.version.tags["onnx.digest"]
