@@ -191,9 +191,39 @@ class Parity(Section):
 
 class Registry(Section):
     model_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.{}-]+$")]
-    min_test_top1: Fraction
+
+
+class Promotion(Section):
+    """The gates between challenger and champion."""
+
+    require_clean_tree: bool
+    min_top1: Fraction
+    min_class_recall: Fraction
+    max_class_drop: Fraction
     min_gain: Annotated[float, Field(ge=-1.0, le=1.0)]
-    require_parity: bool
+    gain_rule: Literal["point", "lower"]
+    resamples: Annotated[int, Field(ge=100)]
+    confidence: OpenFraction
+    golden_requests: Positive
+    latency_batch_sizes: Annotated[list[Positive], Field(min_length=1)]
+    latency_runs: Positive
+    max_p95_ms: list[Annotated[float, Field(gt=0.0)]]
+    max_memory_mb: Annotated[float, Field(gt=0.0)]
+    max_size_mb: Annotated[float, Field(gt=0.0)]
+    require_approval: bool
+    approval_timeout_s: Positive
+
+    @model_validator(mode="after")
+    def _a_limit_per_batch_size(self) -> Self:
+        sizes = self.latency_batch_sizes
+        if sizes != sorted(set(sizes)):
+            raise ValueError(f"latency_batch_sizes must ascend without repetition, got {sizes}")
+        if len(self.max_p95_ms) != len(sizes):
+            raise ValueError(
+                f"max_p95_ms has {len(self.max_p95_ms)} limits for {len(sizes)} latency_batch_sizes; "
+                "give one for each"
+            )
+        return self
 
 
 class Serve(Section):
@@ -323,6 +353,7 @@ class Params(Section):
     export: Export
     parity: Parity
     registry: Registry
+    promotion: Promotion
     serve: Serve
     rollout: Rollout
     monitor: Monitor

@@ -26,6 +26,7 @@ from flows.registry import Version
 
 READY_S = 90.0
 STOP_S = 15.0
+REQUEST_S = 30.0
 CONFIDENCE_TOLERANCE = 5e-3
 
 
@@ -50,7 +51,7 @@ def smoke_test(params: Params, root: Path, version: Version) -> SmokeResult:
     )
     started = time.monotonic()
     correct = 0
-    with server(root, version) as address, httpx.Client(base_url=address, timeout=30) as client:
+    with server(root, version) as address, httpx.Client(base_url=address, timeout=REQUEST_S) as client:
         for position, line in enumerate(recorded):
             answer = client.post("/v1/classify", files={"file": ("image", dataset.encoded(position))})
             if answer.status_code != 200:
@@ -105,4 +106,4 @@ def _wait_ready(process: subprocess.Popen[bytes], address: str, log: IO[bytes]) 
         time.sleep(0.1)
     log.seek(0)
     said = log.read().decode(errors="replace")[-2000:]
-    raise GateFailed(f"smoke test: the server did not get ready:\n{said}")
+    raise GateFailed(f"the server did not get ready:\n{said}")
