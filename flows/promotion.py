@@ -81,7 +81,7 @@ def promotion(model: str = "", version: str = "", again: bool = False) -> dict[s
 
 
 def _completed(message: str, result: dict[str, Any]) -> dict[str, Any]:
-    """A state with a message of its own. Prefect takes it for the flow's end and gives its caller `result`."""
+    """A state with a message of its own. Prefect takes it for the flow's end, the caller gets `result`."""
     return cast(dict[str, Any], Completed(message=message, data=result))
 
 

@@ -1,11 +1,11 @@
 """Records on their way to a tracking store: on disk first, sent in the background, in order, until delivered.
 
 One folder per run, `.trunkline/spool/<id>/`: meta.json (which store, which run), log.jsonl (one record a
-line, only appended), delivered (number of the last record the store has), files/ (copies of what was logged),
-lock (held by the process that owns or delivers it). A step of training only appends a line: it never waits for
-the store. What an absent store or a killed process leaves is delivered by the next process that reaches the
-store, or by `trunkline sync`. A record may be sent twice (the answer was lost, the process died before it noted
-the delivery), so delivering has to be idempotent; it is never sent before those ahead of it.
+line, only appended), delivered (number of the last record the store has), files/ (copies of what was
+logged), lock (held by the process that owns or delivers it). A step of training only appends a line: it never
+waits for the store. What an absent store or a killed process leaves is delivered by the next process that
+reaches the store, or by `trunkline sync`. A record may be sent twice (the answer was lost, the process died
+before it noted the delivery), so delivering has to be idempotent; it is never sent before those ahead of it.
 """
 
 from __future__ import annotations

@@ -64,8 +64,9 @@ class Run:
 
 class MlflowRun(Run):
     """A run in the tracking store. What is logged is written to disk and sent in the background (see
-    flows.spool), so neither a slow nor an absent store holds up the work. `run_id` begins with `PENDING` while
-    the store has not been reached to make the run; the rest of it is the run's tag `SPOOL_TAG` for ever."""
+    flows.spool), so neither a slow nor an absent store holds up the work. `run_id` begins with `PENDING`
+    while the store has not been reached to make the run; the rest of it is the run's tag `SPOOL_TAG` for
+    ever."""
 
     def __init__(
         self, params: Params, run_id: str = "", create: Mapping[str, Any] | None = None, at_once: bool = False

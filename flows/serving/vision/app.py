@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 import orjson
-from starlette.applications import Starlette
+from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route
 
 from flows.serving.vision import descriptions, protocol
 from flows.serving.vision.access_log import AccessLog
@@ -48,7 +48,7 @@ def create_app(
     access_log: AccessLog | None = None,
     on_batch: OnBatch | None = None,
     on_request: OnRequest | None = None,
-) -> Starlette:
+) -> FastAPI:
     """The ASGI application around one loaded model; `app.state.service` is its VisionService.
 
     Args:
@@ -59,11 +59,15 @@ def create_app(
     service = VisionService(model, limits, access_log=access_log, on_batch=on_batch, on_request=on_request)
 
     @asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
         service.close()
 
-    app = Starlette(
+    # plain routes: the bodies are the protocol's own, so that validation by annotations has nothing to add
+    app = FastAPI(
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
         routes=_routes(service),
         middleware=[Middleware(Gateway, service=service)],
         exception_handlers={HTTPException: _unknown},
@@ -73,7 +77,7 @@ def create_app(
     return app
 
 
-def _routes(service: VisionService) -> list[Route]:
+def _routes(service: VisionService) -> list[BaseRoute]:
     named = "/v2/models/{name}"
     both = (named + "/versions/{version}", named)
     return [  # the busy ones first

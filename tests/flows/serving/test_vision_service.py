@@ -17,10 +17,10 @@ import httpx
 import numpy as np
 import pytest
 import uvicorn
+from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from served_digits import LIMITS, loaded
 from serving_workspace import Exported
-from starlette.applications import Starlette
 
 from flows.serving.session import Session
 from flows.serving.vision import server
@@ -169,7 +169,7 @@ def test_queued_work_of_a_vanished_client_is_dropped(
     assert sorted(line["status"] for line in lines) == [200, 499]
 
 
-async def ask(app: Starlette, body: bytes, gone: anyio.Event) -> None:
+async def ask(app: FastAPI, body: bytes, gone: anyio.Event) -> None:
     """One request as a server hands it over; the client leaves when `gone` is set."""
     messages = [{"type": "http.request", "body": body, "more_body": False}]
 
@@ -184,8 +184,8 @@ async def ask(app: Starlette, body: bytes, gone: anyio.Event) -> None:
 
     scope = {
         "type": "http", "method": "POST", "path": CLASSIFY, "raw_path": CLASSIFY.encode(),
-        "query_string": b"", "headers": [], "client": ("203.0.113.9", 1), "server": ("127.0.0.1", 80), "http_version": "1.1",
-        "scheme": "http", "root_path": "", "app": app,
+        "query_string": b"", "headers": [], "client": ("203.0.113.9", 1),
+        "server": ("127.0.0.1", 80), "http_version": "1.1", "scheme": "http", "root_path": "", "app": app,
     }  # fmt: skip
     await app(scope, receive, send)
 
@@ -241,7 +241,7 @@ def test_a_drain_has_an_end(exported: Exported, session: Session, gate: Gate, wa
 
 
 @contextmanager
-def running_server(app: Starlette, drain_s: float) -> Iterator[tuple[server._Server, threading.Thread, str]]:
+def running_server(app: FastAPI, drain_s: float) -> Iterator[tuple[server._Server, threading.Thread, str]]:
     with server.listening_socket("127.0.0.1", 0) as listener:
         config = uvicorn.Config(app, log_level="critical", access_log=False, timeout_graceful_shutdown=1)
         process = server._Server(config, app.state.service, drain_s)
