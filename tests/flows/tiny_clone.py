@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
+
+import yaml
+
+from flows import params
+from flows.params import Params
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -73,3 +79,12 @@ def executed(root: Path) -> list[str]:
     """Stages that have run in `root`, in order."""
     path = root / "executed"
     return path.read_text().split() if path.is_file() else []
+
+
+def change_params(folder: Path, changes: dict[str, Any]) -> Params:
+    """Set dotted keys in `folder`/params.yaml."""
+    values = params.read(folder / "params.yaml")
+    for key, value in changes.items():
+        values = params.overlay(values, params.parse_setting(f"{key}={value}"), "test")
+    (folder / "params.yaml").write_text(yaml.safe_dump(values))
+    return params.load(folder / "params.yaml")
