@@ -261,9 +261,9 @@ def sync() -> None:
 
     paths.workspace()
     delivered, others = deliver_leftovers(params.load())
-    print(f"{delivered} runs delivered" if delivered else "nothing to deliver")
+    print(f"runs delivered: {delivered}" if delivered else "nothing to deliver")
     if others:
-        print(f"{others} runs belong to another store; choose it by MLFLOW_TRACKING_URI or `tracking.uri`")
+        print(f"runs of another store: {others}; choose it by MLFLOW_TRACKING_URI or `tracking.uri`")
 
 
 @app.command()

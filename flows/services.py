@@ -37,6 +37,9 @@ from flows.supervisor import (
 
 LOOK_S = 0.2
 LAST_LINES = 12
+MLFLOW_QUIET = {
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"
+}  # processes for features that are not used here
 
 
 @dataclass(frozen=True)
@@ -139,10 +142,7 @@ def mlflow_command(params: Params, host: str, port: int) -> list[str]:
 
 
 def mlflow_environment(params: Params) -> dict[str, str]:
-    return {
-        "MLFLOW_BACKEND_STORE_URI": tracking.tracking_uri(params),
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-    }
+    return {"MLFLOW_BACKEND_STORE_URI": tracking.tracking_uri(params), **MLFLOW_QUIET}
 
 
 # ---- up and down -------------------------------------------------------------------------------------------

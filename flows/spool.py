@@ -1,11 +1,11 @@
 """Records on their way to a tracking store: on disk first, sent in the background, in order, until delivered.
 
 One folder per run, `.trunkline/spool/<id>/`: meta.json (which store, which run), log.jsonl (one record a
-line, only appended), delivered (number of the last record the store has), files/ (copies of what was
-logged), lock (held by the process that owns or delivers it). A step of training only appends a line: it never
-waits for the store. What an absent store or a killed process leaves is delivered by the next process that
-reaches the store, or by `trunkline sync`. A record may be sent twice (the answer was lost, the process died
-before it noted the delivery), so delivering has to be idempotent; it is never sent before those ahead of it.
+line, only appended), delivered (number of the last record the store has), files/ (copies of what was logged),
+lock (held by the process that owns or delivers it). A step of training only appends a line: it never waits
+for the store. What an absent store or a killed process leaves is delivered by the next process that reaches
+the store, or by `trunkline sync`. A record may be sent twice (the answer was lost, the process died before it
+noted the delivery), so delivering has to be idempotent; it is never sent before those ahead of it.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from flows import files
 Record = dict[str, Any]
 INTERVAL_S = 5.0
 LONGEST_PAUSE_S = 30.0
+LAST_CALL_S = 2.0
 BATCH = 1000
 UNSAVED = 10_000  # records kept in memory when the disk is full
 
@@ -148,8 +149,9 @@ class Spool:
             os.fsync(self._log.fileno())
 
     def close(self) -> None:
-        self._log.close()
-        os.close(self._lock)
+        if not self._log.closed:  # a descriptor that is closed twice may be another file's by then
+            self._log.close()
+            os.close(self._lock)
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -256,16 +258,18 @@ class Sender:
         spool: Spool,
         deliver: Callable[[Spool, list[Record]], None],
         when_idle: Callable[[], None] = lambda: None,
+        is_away: bool = False,
     ) -> None:
         """
         Args:
+            is_away: the store was found absent already, and that has been said.
             deliver: sends one group of records; raises Refused, or anything else if it may succeed later.
             when_idle: called once, when everything so far has been delivered.
         """
         self.spool, self._deliver, self._when_idle = spool, deliver, when_idle
         self._changed = threading.Condition()
         self._wanted = self._stop = False
-        self.away_since: float | None = None
+        self.away_since = time.monotonic() if is_away else None
         self._thread = threading.Thread(target=self._run, daemon=True, name="tracking")
         self._thread.start()
 
@@ -287,10 +291,19 @@ class Sender:
         return True
 
     def stop(self) -> None:
-        """No record is sent after this, except one that is on its way."""
+        """End the thread and give the spool up: removed if the store has all of it. It stays locked while a
+        call that is on its way does not return, at most until this process ends."""
         with self._changed:
             self._stop = True
             self._changed.notify_all()
+        self._thread.join(LAST_CALL_S)
+        if self._thread.is_alive():
+            return
+        if self.spool.is_empty():
+            self.spool.remove()
+        else:
+            self.spool.synchronize()
+            self.spool.close()
 
     def _run(self) -> None:
         pause_s, idle_done = INTERVAL_S, False

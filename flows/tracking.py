@@ -63,10 +63,9 @@ class Run:
 
 
 class MlflowRun(Run):
-    """A run in the tracking store. What is logged is written to disk and sent in the background (see
-    flows.spool), so neither a slow nor an absent store holds up the work. `run_id` begins with `PENDING`
-    while the store has not been reached to make the run; the rest of it is the run's tag `SPOOL_TAG` for
-    ever."""
+    """A run in the tracking store. What is logged is written to disk and sent in the background, so neither a
+    slow nor an absent store holds up the work (flows.spool). `run_id` begins with `PENDING` until the store has
+    been reached to make the run; the rest is the run's tag `SPOOL_TAG` for ever."""
 
     def __init__(
         self, params: Params, run_id: str = "", create: Mapping[str, Any] | None = None, at_once: bool = False
@@ -91,7 +90,12 @@ class MlflowRun(Run):
                 raise
             spool.say(f"{error}; the run begins without it, what is logged is kept and sent later")
         self.run_id = self._spool.meta["run_id"] or PENDING + self._spool.name
-        self._sender = spool.Sender(self._spool, self._deliver, lambda: _deliver_quietly(params))
+        self._sender = spool.Sender(
+            self._spool,
+            self._deliver,
+            lambda: _deliver_quietly(params),
+            is_away=not self._spool.meta["run_id"],
+        )
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
         now = int(time.time() * 1000)
@@ -119,10 +123,7 @@ class MlflowRun(Run):
         self._sender.put({"op": "end", "status": status, "time": int(time.time() * 1000)})
         delivered = self._sender.flush(self._params.tracking.patience_s)
         self._sender.stop()
-        if delivered:
-            self._spool.remove()
-        else:
-            self._spool.synchronize()
+        if not delivered:
             spool.say(
                 f"the tracking store does not answer; the record of this run waits in {self._spool.folder}, "
                 "the next run or `trunkline sync` delivers it"
@@ -283,6 +284,7 @@ def client(params: Params) -> Any:
     """
     uri = tracking_uri(params)
     os.environ["MLFLOW_TRACKING_URI"] = uri
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     # MLflow's own patience is several minutes per call
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(params.tracking.timeout_s))

@@ -6,11 +6,9 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import fake_workspace
 import pytest
-import yaml
 from serving_workspace import Exported, export_workspace
 
 from flows import params, tracking
@@ -66,15 +64,6 @@ def home(in_folder: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) ->
 def home_params(home: Path) -> Params:
     """The shipped params, whose tracking store is the one in `home`."""
     return params.load(home / "params.yaml")
-
-
-def change_params(folder: Path, changes: dict[str, Any]) -> Params:
-    """Set dotted keys in `folder`/params.yaml."""
-    values = params.read(folder / "params.yaml")
-    for key, value in changes.items():
-        values = params.overlay(values, params.parse_setting(f"{key}={value}"), "test")
-    (folder / "params.yaml").write_text(yaml.safe_dump(values))
-    return params.load(folder / "params.yaml")
 
 
 @pytest.fixture(scope="session")

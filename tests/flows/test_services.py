@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import change_params
+from tiny_clone import change_params
 
 from flows import files, params, ports, services, supervisor
 from flows.errors import ConfigError, ResourceError

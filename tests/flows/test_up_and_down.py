@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import tiny_clone
 import yaml
-from conftest import change_params
+from tiny_clone import change_params
 
 from flows import deployments, params, ports, services, supervisor
 from flows.errors import ConfigError

@@ -5,6 +5,12 @@ from __future__ import annotations
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
+
+import yaml
+
+from flows import params
+from flows.params import Params
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -93,3 +99,12 @@ def commit(root: Path) -> None:
         ["commit", "-q", "-m", "start"],
     ):
         subprocess.run(["git", *command], cwd=root, check=True)
+
+
+def change_params(folder: Path, changes: dict[str, Any]) -> Params:
+    """Set dotted keys in `folder`/params.yaml."""
+    values = params.read(folder / "params.yaml")
+    for key, value in changes.items():
+        values = params.overlay(values, params.parse_setting(f"{key}={value}"), "test")
+    (folder / "params.yaml").write_text(yaml.safe_dump(values))
+    return params.load(folder / "params.yaml")
