@@ -1,28 +1,19 @@
-"""A small regression for the training loop, in this process or in several that are forked from a prepared
-one."""
+"""A small regression for the training loop, in this process or as one of several."""
 
 from __future__ import annotations
 
-import contextlib
-import multiprocessing
-import os
-import pickle
-import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
-from flows import ports
 from flows.params import Distributed, Training
 from flows.training import Checkpoints, Job, Result, group_parameters, initialize_processes, train
 
 TARGET = torch.tensor([[1.0, -2.0, 0.5, 3.0]])
 DISTRIBUTED = Distributed(rendezvous_timeout_s=60, peer_timeout_s=60, collective_timeout_s=60)
-PATIENCE_S = 120.0
 
 
 class Net(nn.Module):
@@ -116,60 +107,3 @@ def run(
     checkpoints = Checkpoints(folder, processes)
     with checkpoints.hold():
         return train(described, processes, checkpoints)
-
-
-# ---- several processes ----
-
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["flows.training"])  # torch and DeepSpeed are imported once
-
-
-def in_processes(count: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """`work(*arguments)` in `count` processes that are connected as torchrun connects them; their answers by
-    rank. An exception is an answer."""
-    port = ports.free_port()
-    ends = [_SERVER.Pipe(duplex=False) for _ in range(count)]
-    started = [
-        _SERVER.Process(target=_member, args=(rank, count, port, writer, work, arguments))
-        for rank, (_, writer) in enumerate(ends)
-    ]
-    for process in started:
-        process.start()
-    answers = []
-    try:
-        for process, (reader, writer) in zip(started, ends, strict=True):
-            writer.close()
-            assert reader.poll(PATIENCE_S), "no answer"
-            try:
-                answers.append(pickle.loads(reader.recv_bytes()))
-            except EOFError:
-                process.join(PATIENCE_S)
-                answers.append(process.exitcode)
-    finally:
-        for process in started:
-            process.join(PATIENCE_S if answers else 0)
-            if process.is_alive():
-                process.kill()
-    return answers
-
-
-def _member(
-    rank: int, count: int, port: int, answer: Any, work: Callable[..., Any], arguments: tuple[Any, ...]
-) -> None:
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(count),
-        "LOCAL_WORLD_SIZE": str(count),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    try:
-        value = work(*arguments)
-    except Exception as error:
-        value = error
-    answer.send_bytes(pickle.dumps(value))  # as a plain pickle: torch would send tensors by reference
-    with contextlib.suppress(Exception):
-        dist.destroy_process_group()
-    answer.close()
-    os.kill(os.getpid(), signal.SIGKILL)  # a process that was forked with torch in it may hang at its exit

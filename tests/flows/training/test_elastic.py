@@ -13,7 +13,8 @@ import deepspeed
 import pytest
 import torch
 from deepspeed.checkpoint import ds_to_universal
-from small_training import DISTRIBUTED, Counting, in_processes, run, training
+from forked import in_processes
+from small_training import DISTRIBUTED, Counting, run, training
 
 from flows import files, params
 from flows.errors import ConfigError, Interrupted, ResourceError
