@@ -223,6 +223,12 @@ class Serve(Section):
         return self
 
 
+class Placement(Section):
+    max_latency_ms: Annotated[float, Field(gt=0.0)]
+    max_memory_mb: Annotated[float, Field(gt=0.0)]
+    max_wait_ms: NonNegative
+
+
 class Rollout(Section):
     servers: list[Annotated[str, Field(pattern=r"^https?://[^/\s]+/?$")]]
     wait_s: NonNegative
@@ -255,6 +261,7 @@ class Params(Section):
     parity: Parity
     registry: Registry
     serve: Serve
+    placement: Placement
     rollout: Rollout
     tracking: Tracking
     pipeline: Pipeline
