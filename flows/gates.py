@@ -22,6 +22,7 @@ from flows.champion import Verdicts, judge_folder, judge_version
 from flows.dvc_hash import file_md5, tree_md5
 from flows.errors import TrunklineError
 from flows.params import Params
+from flows.placement import check_placement
 from flows.registration import PARITY, PLACEMENT, PLACEMENT_SEAL, SEALED
 from flows.registry import Version
 from flows.serving import golden
@@ -306,6 +307,8 @@ def check_budget(candidate: Candidate, champion: Version | None) -> tuple[str, d
         ):
             if not value <= limit:
                 wrong.append(f"{variant}: {value:.2f} MB is more than promotion.{key} {limit:g}")
+    if (candidate.folder / PLACEMENT).is_file() or settings.variant == "auto":
+        wrong += filter(None, [check_placement(candidate.folder)])
     machine = f"{processor_name()}, threads: {threads}, {provider.removesuffix('ExecutionProvider')}"
     figures["machine"] = machine
     if wrong:

@@ -263,6 +263,12 @@ class Serve(Section):
         return self
 
 
+class Placement(Section):
+    max_latency_ms: Annotated[float, Field(gt=0.0)]
+    max_memory_mb: Annotated[float, Field(gt=0.0)]
+    max_wait_ms: NonNegative
+
+
 class Rollout(Section):
     servers: list[Annotated[str, Field(pattern=r"^https?://[^/\s]+/?$")]]
     wait_s: NonNegative
@@ -355,6 +361,7 @@ class Params(Section):
     registry: Registry
     promotion: Promotion
     serve: Serve
+    placement: Placement
     rollout: Rollout
     monitor: Monitor
     tracking: Tracking

@@ -20,6 +20,7 @@ from flows import files, paths, registry, tracking
 from flows.data import ImageDataset
 from flows.imaging import Preprocessing, decode, preprocess
 from flows.params import Params
+from flows.placement import place
 from flows.registry import CHALLENGER, CHAMPION, Version
 from flows.serving import golden
 from flows.serving.package import ModelPackage
@@ -64,8 +65,7 @@ def fill_folder(params: Params, root: Path, folder: Path) -> None:
     """
     shutil.copytree(root / paths.EXPORT, folder)
     shutil.copy(root / paths.PARITY / "parity.json", folder / PARITY)
-    if (placement := root / paths.PARITY / PLACEMENT).is_file():
-        shutil.copy(placement, folder)
+    place(folder, root / paths.PARITY / "latency.csv", params.placement)
     shutil.copy(root / "dvc.lock", folder / LOCK)
     files.write_json(folder / RECEIPTS, read_receipts(root))
     package = ModelPackage.open(folder, variants=("fp32",))

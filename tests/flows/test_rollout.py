@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import change_params
+from tiny_clone import change_params
 from releases import make_releases
 from serving_workspace import ROOT, Exported
 

@@ -183,10 +183,18 @@ async def ask(app: FastAPI, body: bytes, gone: anyio.Event) -> None:
         pass
 
     scope = {
-        "type": "http", "method": "POST", "path": CLASSIFY, "raw_path": CLASSIFY.encode(),
-        "query_string": b"", "headers": [], "client": ("203.0.113.9", 1),
-        "server": ("127.0.0.1", 80), "http_version": "1.1", "scheme": "http", "root_path": "", "app": app,
-    }  # fmt: skip
+        "type": "http",
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "path": CLASSIFY,
+        "query_string": b"",
+        "root_path": "",
+        "headers": [],
+        "client": ("203.0.113.9", 1),
+        "server": ("127.0.0.1", 80),
+        "app": app,
+    }
     await app(scope, receive, send)
 
 
