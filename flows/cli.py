@@ -112,6 +112,23 @@ def serve_vision(
 
 
 @app.command()
+def rollout(
+    model: Annotated[
+        str, typer.Option(help="registered model; empty: the one of params.yaml's data set")
+    ] = "",
+    server: Annotated[
+        list[str], typer.Option(help="URL of a server, may be repeated; none: rollout.servers")
+    ] = [],  # noqa: B006
+) -> None:
+    """Wait until all servers serve the champion, and compare their answers with the recorded ones."""
+    from flows.rollout import rollout as flow
+
+    params.load()  # a mistake there is found before a server is started for the flow
+    for check in flow(model=model, servers=list(server) or None)["servers"]:
+        print(f"{check['server']}: version {check['version']}, {check['reason']} ({check['seconds']:g} s)")
+
+
+@app.command()
 def monitor(
     model: Annotated[
         str, typer.Option(help="registered model; empty: the one of params.yaml's data set")

@@ -253,6 +253,20 @@ class Monitor(Section):
         return self
 
 
+class Placement(Section):
+    max_latency_ms: Annotated[float, Field(gt=0.0)]
+    max_memory_mb: Annotated[float, Field(gt=0.0)]
+    max_wait_ms: NonNegative
+
+
+class Rollout(Section):
+    servers: list[Annotated[str, Field(pattern=r"^https?://[^/\s]+/?$")]]
+    wait_s: NonNegative
+    poll_s: Annotated[float, Field(gt=0.0)]
+    request_s: Annotated[float, Field(gt=0.0)]
+    rollback_on_failure: bool
+
+
 class Tracking(Section):
     uri: Annotated[str, Field(min_length=1)]
     artifacts: Annotated[str, Field(min_length=1)]
@@ -306,6 +320,8 @@ class Params(Section):
     registry: Registry
     serve: Serve
     monitor: Monitor
+    placement: Placement
+    rollout: Rollout
     tracking: Tracking
     services: Services
     pipeline: Pipeline

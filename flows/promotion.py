@@ -21,6 +21,7 @@ from flows.data import ImageDataset
 from flows.errors import DataError
 from flows.imaging import Preprocessing, preprocess
 from flows.params import Params
+from flows.placement import place
 from flows.registry import Version
 from flows.tracking import MlflowRun
 
@@ -56,6 +57,7 @@ def register_export(params: Params, root: Path, run: MlflowRun) -> Version:
             folder = Path(temporary) / "export"
             shutil.copytree(root / paths.EXPORT, folder)
             shutil.copy(root / paths.PARITY / "parity.json", folder)
+            place(folder, root / paths.PARITY / "latency.csv", params.placement)
             example = example_input(params, root, Preprocessing.from_dict(manifest["preprocessing"]))
             version = registry.register_folder(
                 params, run, name, folder, example, version_tags(root, manifest)

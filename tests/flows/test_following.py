@@ -3,94 +3,39 @@
 from __future__ import annotations
 
 import gc
-import shutil
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 from fastapi.testclient import TestClient
-from onnx import numpy_helper
+from releases import MAX_PIXELS, make_releases, settings_of
 from serving_workspace import Exported
 
-from flows import files, paths
 from flows.following import Follower, Target, following
-from flows.params import Serve
-from flows.serving.golden import write_golden
-from flows.serving.package import MANIFEST, Manifest, describe_variant
 from flows.serving.vision.app import create_app
 from flows.serving.vision.model import Release, load_model, top_class
 from flows.serving.vision.service import Limits, VisionService
 from flows.serving.vision.uploads import prepare_image
 
-MAX_PIXELS = 10**6
-
 
 @pytest.fixture(scope="module")
 def releases(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Release]:
-    """Versions 1 and 2 (the classes' biases moved) with golden requests, and broken ones."""
-    root = tmp_path_factory.mktemp("releases")
-    found = {}
-    for version in ("1", "2"):
-        folder = root / version
-        shutil.copytree(exported.root / paths.EXPORT, folder)
-        if version == "2":
-            shift_answers(folder)
-        record_golden(folder, exported)
-        found[version] = release(folder, version)
-    damaged = root / "damaged"
-    shutil.copytree(found["2"].folder, damaged)
-    (damaged / "model.onnx").write_bytes((damaged / "model.onnx").read_bytes()[:-100])
-    found["damaged"] = release(damaged, "damaged", digest=found["2"].digest)
-    found["other digest"] = release(found["2"].folder, "other digest", digest="0" * 64)
-    forgetful = root / "forgetful"  # its golden answers are those of version 1
-    shutil.copytree(found["2"].folder, forgetful)
-    shutil.rmtree(forgetful / "golden")
-    shutil.copytree(found["1"].folder / "golden", forgetful / "golden")
-    found["golden mismatch"] = release(forgetful, "golden mismatch")
-    return found
+    return make_releases(exported, tmp_path_factory.mktemp("releases"))
 
 
-def shift_answers(folder: Path) -> None:
-    """Turn the classes by one place: another network with another digest."""
-    model = onnx.load(folder / "model.onnx")
-    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
-    head = next(name for name, tensor in tensors.items() if name.endswith("head.bias"))
-    for name in (head, head.replace("bias", "weight")):
-        tensor = tensors[name]
-        turned = np.roll(numpy_helper.to_array(tensor), 1, axis=0)
-        tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(turned), name))
-    onnx.save(model, folder / "model.onnx")
-    plain = files.read_json(folder / MANIFEST)
-    manifest = Manifest.from_dict(plain)
-    plain["variants"] = {"fp32": vars(describe_variant(folder / manifest.variants["fp32"].file))}
-    files.write_json(folder / MANIFEST, plain)
+class Held:
+    """Keeps a batch in the network until the gate opens."""
 
+    def __init__(self, run: Any, entered: threading.Event, gate: threading.Event) -> None:
+        self.run, self.entered, self.gate = run, entered, gate
 
-def record_golden(folder: Path, exported: Exported) -> None:
-    model = load_model(Release(folder, "0", "c"), settings_of(exported), MAX_PIXELS)
-
-    def classify(data: bytes) -> tuple[int, float]:
-        image = prepare_image(data, model.manifest.preprocessing, MAX_PIXELS)
-        return top_class(model.run(image[None])["logits"][0])
-
-    write_golden(folder, [(str(i), data) for i, data in enumerate(exported.encoded[:4])], classify)
-
-
-def release(folder: Path, version: str, digest: str | None = None) -> Release:
-    if digest is None:
-        digest = Manifest.from_dict(files.read_json(folder / MANIFEST)).variants["fp32"].digest
-    return Release(folder, version, "c0ffee", "digits", digest)
-
-
-def settings_of(exported: Exported, **changes: Any) -> Serve:
-    return exported.params.serve.model_copy(
-        update={"threads": 1, "providers": ["CPUExecutionProvider"]} | changes
-    )
+    def __call__(self, images: np.ndarray) -> Any:
+        self.entered.set()
+        assert self.gate.wait(60)
+        return self.run(images)
 
 
 class Registry:
@@ -123,8 +68,9 @@ def alias(releases: dict[str, Release]) -> Registry:
 @pytest.fixture
 def client(exported: Exported, alias: Registry) -> Iterator[TestClient]:
     settings = settings_of(exported)
-    model = load_model(alias.releases["1"], settings, MAX_PIXELS)
-    with TestClient(create_app(model, Limits.of(settings, MAX_PIXELS))) as client:
+    # the application alone holds the model: one test sees to it that it lets go
+    app = create_app(load_model(alias.releases["1"], settings, MAX_PIXELS), Limits.of(settings, MAX_PIXELS))
+    with TestClient(app) as client:
         yield client
 
 
@@ -212,12 +158,7 @@ def test_a_bad_version_changes_nothing_and_says_why(
 ) -> None:
     follower = follower_of(client, alias, exported, retry_s=1e6)
     before = client.get("/healthz").json()
-    assert before["rollout"] | {"since": ""} == {
-        "candidate": None,
-        "state": "current",
-        "reason": "",
-        "since": "",
-    }
+    assert (before["rollout"]["candidate"], before["rollout"]["state"]) == (None, "current")
     alias.version = version
     for _ in range(3):
         follower.step()
@@ -289,14 +230,7 @@ def test_the_old_session_is_released_and_requests_in_flight_finish_on_it(
 ) -> None:
     service = service_of(client)
     old, gate, entered = service.model, threading.Event(), threading.Event()
-    run = old.session.run_all
-
-    def held(images: np.ndarray) -> dict[str, np.ndarray]:
-        entered.set()
-        assert gate.wait(60)
-        return run(images)
-
-    monkeypatch.setattr(old.session, "run_all", held)
+    monkeypatch.setattr(old.session, "run_all", Held(old.session.run_all, entered, gate))
     answers: list[Any] = []
     thread = threading.Thread(
         target=lambda: answers.append(client.post("/v1/classify", content=exported.encoded[0]))
@@ -312,7 +246,7 @@ def test_the_old_session_is_released_and_requests_in_flight_finish_on_it(
     assert answers[0].headers["X-Model-Version"] == "1"
     monkeypatch.undo()
     session = weakref.ref(old.session)
-    del old, run, held
+    del old
     client.post("/v1/classify", content=exported.encoded[0])
     gc.collect()
     assert session() is None

@@ -17,6 +17,7 @@ from flows.serving.vision.service import Exchange, VisionService, utc
 EXCHANGE = "trunkline.exchange"
 """Key of the `Exchange` in the ASGI scope."""
 INFERENCE = ("/infer", "/v1/classify")  # ends of the routes that ask the network
+CLOSE = (b"connection", b"close")
 GONE = 499  # in logs and metrics only: nobody was there to be answered
 REQUEST_ID = re.compile(r"[!-~]{1,128}")
 
@@ -38,7 +39,10 @@ class Gateway:
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
                 exchange.status = message["status"]
-                message = {**message, "headers": [*message.get("headers", ()), *self._headers(exchange)]}
+                headers = [*message.get("headers", ()), *self._headers(exchange)]
+                if self.service.draining and CLOSE not in headers:
+                    headers.append(CLOSE)
+                message = {**message, "headers": headers}
             elif message["type"] == "http.response.body":
                 exchange.sent_bytes += len(message.get("body", b""))
             await send(message)
@@ -64,8 +68,6 @@ class Gateway:
         headers = [(b"x-request-id", exchange.id.encode())]
         if exchange.model is not None:
             headers.append((b"x-model-version", exchange.model.info.version.encode()))
-        if self.service.draining:
-            headers.append((b"connection", b"close"))
         return headers
 
     def _record(self, scope: Scope, exchange: Exchange) -> None:
