@@ -262,14 +262,14 @@ def answers(address: str) -> bool:
         return False
 
 
-def documented_triggers() -> list[dict[str, Any]]:
-    """The snippet of docs/monitoring.md."""
-    text = (ROOT / "docs/monitoring.md").read_text()
-    found: list[dict[str, Any]] = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])["triggers"]
-    return found
+def triggers_of_nightly() -> list[dict[str, Any]]:
+    """Those of prefect.yaml."""
+    deployments = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
+    (nightly,) = [entry for entry in deployments if entry["name"] == "nightly"]
+    return [{**trigger} for trigger in nightly["triggers"]]
 
 
-def test_drift_starts_the_pipeline_through_the_documented_trigger(
+def test_drift_starts_the_pipeline_through_its_trigger(
     home: Path, exported: Exported, held_out: np.ndarray, prefect_api: str
 ) -> None:
     """Command, event, automation, flow run: nothing is replaced but the flow that would be started."""
@@ -282,7 +282,7 @@ def test_drift_starts_the_pipeline_through_the_documented_trigger(
         get_client(sync_client=True) as client,
     ):
         deployment = client.create_deployment(client.create_flow_from_name("tiny"), "nightly")
-        for snippet in documented_triggers():
+        for snippet in triggers_of_nightly():
             trigger = DeploymentEventTrigger(**snippet)
             trigger.set_deployment_id(deployment)
             client.create_automation(trigger.as_automation())
