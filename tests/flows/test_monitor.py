@@ -78,6 +78,7 @@ def emitted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     events: list[str] = []
     monkeypatch.setattr(monitors, "get_run_logger", lambda: logging.getLogger("test"))
     monkeypatch.setattr(monitors, "create_table_artifact", lambda table, **rest: None)
+    monkeypatch.setattr(monitors, "has_server", lambda: True)
     monkeypatch.setattr(monitors, "emit", lambda event, watched, reasons: events.append(event))
     return events
 
@@ -179,6 +180,19 @@ def test_a_lasting_shift_is_raised_once_per_cool_down(
     assert files.read_json(times)[monitors.ALARM] > day_ago
     history = (home / ".trunkline/monitor" / NAME / "history.jsonl").read_text().splitlines()
     assert len(history) == 4
+
+
+def test_without_a_server_nothing_is_emitted_and_no_cool_down_begins(
+    home: Path, exported: Exported, held_out: np.ndarray, emitted: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody who looks by hand must not silence the scheduled monitor for a day."""
+    serve(noise(held_out[:150]), exported)
+    with monkeypatch.context() as patch:
+        patch.setattr(monitors, "has_server", lambda: False)
+        summary = monitors.monitor.fn()
+    assert (summary["verdict"], summary["emitted"], emitted) == ("alarm", [], [])
+    assert "no Prefect server" in summary["action"]
+    assert monitors.monitor.fn()["emitted"] == [monitors.ALARM]
 
 
 def test_failing_answers_are_another_event(
