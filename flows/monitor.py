@@ -32,6 +32,7 @@ from prefect import flow, get_run_logger  # noqa: E402  # Prefect reads its sett
 from prefect.artifacts import create_table_artifact  # noqa: E402
 from prefect.client.orchestration import get_client  # noqa: E402
 from prefect.events import Event, Resource  # noqa: E402
+from prefect.settings import get_current_settings  # noqa: E402
 
 from flows import files, paths, tracking  # noqa: E402
 from flows import params as parameters  # noqa: E402
@@ -165,6 +166,12 @@ class Raised:
     emitted: tuple[str, ...] = ()
     waiting_until: float = 0.0  # seconds since 1970; an alarm that the cool-down kept back
     failure: str = ""
+    unheard: bool = False  # there is an alarm, but no server whose automations could follow
+
+
+def has_server() -> bool:
+    """False with the temporary server of a single command: it has no automations and forgets every event."""
+    return bool(get_current_settings().api.url)
 
 
 def raise_alarms(params: Params, watched: Watched, now: float) -> Raised:
@@ -175,6 +182,9 @@ def raise_alarms(params: Params, watched: Watched, now: float) -> Raised:
     alarm than loses it.
     """
     due = {ALARM: watched.assessment.drift, DEGRADED: watched.assessment.degraded}
+    if not has_server():
+        # a look by hand must not use up the cool-down of the scheduled monitor, whose event is heard
+        return Raised(unheard=any(due.values()))
     emitted: list[str] = []
     waiting_until = 0.0
     with _alarm_times(report_folder(watched.version.name)) as (times, save):
@@ -266,6 +276,10 @@ def _action(assessment: Assessment, raised: Raised) -> str:
     """What follows from the verdict, in one sentence."""
     if raised.failure:
         return "The event of this alarm could not be handed to Prefect."
+    if raised.unheard:
+        return (
+            "Nothing was started: no Prefect server is configured (PREFECT_API_URL), so no event was emitted."
+        )
     if raised.emitted:
         return f"Emitted {' and '.join(raised.emitted)}."
     if raised.waiting_until:

@@ -78,6 +78,7 @@ def emitted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     events: list[str] = []
     monkeypatch.setattr(monitors, "get_run_logger", lambda: logging.getLogger("test"))
     monkeypatch.setattr(monitors, "create_table_artifact", lambda table, **rest: None)
+    monkeypatch.setattr(monitors, "has_server", lambda: True)
     monkeypatch.setattr(monitors, "emit", lambda event, watched, reasons: events.append(event))
     return events
 
@@ -181,6 +182,19 @@ def test_a_lasting_shift_is_raised_once_per_cool_down(
     assert len(history) == 4
 
 
+def test_without_a_server_nothing_is_emitted_and_no_cool_down_begins(
+    home: Path, exported: Exported, held_out: np.ndarray, emitted: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody who looks by hand must not silence the scheduled monitor for a day."""
+    serve(noise(held_out[:150]), exported)
+    with monkeypatch.context() as patch:
+        patch.setattr(monitors, "has_server", lambda: False)
+        summary = monitors.monitor.fn()
+    assert (summary["verdict"], summary["emitted"], emitted) == ("alarm", [], [])
+    assert "no Prefect server" in summary["action"]
+    assert monitors.monitor.fn()["emitted"] == [monitors.ALARM]
+
+
 def test_failing_answers_are_another_event(
     home: Path, exported: Exported, held_out: np.ndarray, emitted: list[str]
 ) -> None:
@@ -262,14 +276,14 @@ def answers(address: str) -> bool:
         return False
 
 
-def documented_triggers() -> list[dict[str, Any]]:
-    """The snippet of docs/monitoring.md."""
-    text = (ROOT / "docs/monitoring.md").read_text()
-    found: list[dict[str, Any]] = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])["triggers"]
-    return found
+def triggers_of_nightly() -> list[dict[str, Any]]:
+    """Those of prefect.yaml."""
+    deployments = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
+    (nightly,) = [entry for entry in deployments if entry["name"] == "nightly"]
+    return [{**trigger} for trigger in nightly["triggers"]]
 
 
-def test_drift_starts_the_pipeline_through_the_documented_trigger(
+def test_drift_starts_the_pipeline_through_its_trigger(
     home: Path, exported: Exported, held_out: np.ndarray, prefect_api: str
 ) -> None:
     """Command, event, automation, flow run: nothing is replaced but the flow that would be started."""
@@ -282,7 +296,7 @@ def test_drift_starts_the_pipeline_through_the_documented_trigger(
         get_client(sync_client=True) as client,
     ):
         deployment = client.create_deployment(client.create_flow_from_name("tiny"), "nightly")
-        for snippet in documented_triggers():
+        for snippet in triggers_of_nightly():
             trigger = DeploymentEventTrigger(**snippet)
             trigger.set_deployment_id(deployment)
             client.create_automation(trigger.as_automation())
