@@ -15,9 +15,9 @@ from typing import Any
 
 import httpx
 import pytest
-from tiny_clone import change_params
 from releases import make_releases
 from serving_workspace import ROOT, Exported
+from tiny_clone import change_params
 
 from flows import registry, rollout, tracking
 from flows.errors import ConfigError, DataError, GateFailed
