@@ -214,6 +214,29 @@ def rollout(
 
 
 @app.command()
+def trace(
+    digest: Annotated[
+        str, typer.Argument(help="at least 6 digits: as /healthz shows it, or of any file of the chain")
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+) -> None:
+    """Follow a digest from the served model to the raw files, verifying every link; broken, the exit code is
+    10."""
+    from flows import custody
+    from flows.custody_page import print_trace
+
+    found = custody.trace(params.load(), digest)
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=2, ensure_ascii=False))
+    else:
+        print_trace(found)
+    if found.broken:
+        raise GateFailed(
+            f"the chain of custody is broken at: {', '.join(link.name for link in found.broken)}"
+        )
+
+
+@app.command()
 def up(
     wait: Annotated[bool, typer.Option(help="return when all are ready, or at once")] = True,
     status: Annotated[bool, typer.Option("--status", help="only show what runs")] = False,

@@ -91,6 +91,7 @@ def run(params: Params, stage: Stage) -> None:
             data_digest=config.data_digest,
             source={
                 "checkpoint_sha256": files.sha256_file(folder / WEIGHTS),
+                "start_sha256": config.start_sha256,
                 "backbone": dict(config.backbone),
             },
         )

@@ -77,6 +77,7 @@ def run(params: Params, stage: Stage) -> None:
     torch.manual_seed(params.seed)  # before the model: the head starts equal in both cells
     model = build_model(params, num_classes)
     weights = paths.PRETRAIN / "model.safetensors" if stage.cell == "pretrained" else None
+    start_sha256 = files.sha256_file(weights) if weights else ""
     if weights is not None:
         load_backbone(model, weights)
 
@@ -138,7 +139,7 @@ def run(params: Params, stage: Stage) -> None:
             "cell": stage.cell or "",
             "data": manifest.digest,
             "subsets": files.sha256_file(paths.SUBSETS / "subsets.json"),
-            "weights": files.sha256_file(weights) if weights else "",
+            "weights": start_sha256,
         },
         SOURCES,
     )
@@ -179,6 +180,7 @@ def run(params: Params, stage: Stage) -> None:
                 classes=tuple(manifest.classes),
                 preprocessing=preprocessing,
                 data_digest=manifest.digest,
+                start_sha256=start_sha256,
             )
             save_classifier(folder, trained, config)
             write_curves(folder, result)

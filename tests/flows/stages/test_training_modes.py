@@ -12,7 +12,8 @@ import training_workspace as workspaces
 from safetensors.torch import load_file
 
 import models
-from flows import params, paths
+from flows import files, params, paths
+from flows.classifiers import load_config
 from flows.data import ImageDataset, even_eval_batches, load_manifest, preprocessing_for, to_model_input
 from flows.errors import DataError
 from flows.stage import Stage
@@ -120,7 +121,6 @@ def test_accumulation_and_a_second_process_change_nothing(enter: Any) -> None:
 
 
 def test_the_control_counts_its_parameters_also_when_they_are_partitioned(enter: Any) -> None:
-    from flows import files
 
     folder = finetuned(enter, zero_stage=3)
     counted = files.read_json(folder / paths.METRICS / "finetune-scratch.json")["parameters"]
@@ -173,6 +173,8 @@ def test_pretraining_beats_constant_predictions_and_finetuning_beats_chance(ente
     assert learnt < 0.93 * float((images - mean_image)[hidden].abs().mean())
 
     finetune.run(checked, Stage("finetune", "pretrained"))
+    start = load_config(paths.FINETUNE / "pretrained").start_sha256
+    assert start == files.sha256_file(paths.PRETRAIN / "model.safetensors"), "a link of the chain of custody"
     chance = 0.1
     assert metric("finetune-pretrained", "val_top1") > 4 * chance
 
@@ -193,7 +195,6 @@ def opened(checked: params.Params) -> tuple[ImageDataset, Any]:
 
 
 def metric(stage: str, name: str) -> float:
-    from flows import files
 
     return float(files.read_json(paths.METRICS / f"{stage}.json")[name])
 
