@@ -1,4 +1,4 @@
-"""The command `trunkline`: run the pipeline, serve a model, rewrite the report.
+"""The command `trunkline`: run the pipeline, sweep over settings, serve a model, rewrite the report.
 
 Heavy packages are imported inside the commands, so that `trunkline --help` answers at once.
 """
@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from flows import environment, params, paths
+from flows import services as background
 from flows.errors import ConfigError, Interrupted, TrunklineError, explain
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
@@ -40,6 +41,40 @@ def run(
     except KeyboardInterrupt:
         raise Interrupted("stopped; the same command continues where it was") from None
     print_summary(summary)
+
+
+@app.command()
+def sweep(
+    file: Annotated[str, typer.Argument(help="sweep file, or its name in recipes/sweeps/")],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print the points and what each would run")
+    ] = False,
+    parallel: Annotated[
+        int, typer.Option(min=0, help="points at once; 0: sweep.parallel of params.yaml")
+    ] = 0,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="also points that would fail in the same way again")
+    ] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="a failed point makes the command fail")] = False,
+) -> None:
+    """Try many settings: every point of a sweep file through the same stages, several at once."""
+    from flows.sweeps.planned import prepare
+    from flows.sweeps.summary import print_plan, print_results, refuse_failures
+
+    paths.workspace()
+    planned = prepare(file, parallel)  # finds mistakes before a server is started for the flow
+    if dry_run:
+        print_plan(planned)
+        return
+    from flows.sweep import sweep as run_sweep
+
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        summary = run_sweep(file, parallel, retry_failed)
+    except KeyboardInterrupt:
+        raise Interrupted("stopped; the same command continues where it was") from None
+    print_results(summary)
+    refuse_failures(summary, strict)
 
 
 def _interrupt(signum: int, frame: object) -> None:
@@ -86,22 +121,83 @@ def rollout(
     ] = [],  # noqa: B006
 ) -> None:
     """Wait until all servers serve the champion, and compare their answers with the recorded ones."""
+    from flows.rollout import chosen_servers
     from flows.rollout import rollout as flow
 
-    params.load()  # a mistake there is found before a server is started for the flow
-    for check in flow(model=model, servers=list(server) or None)["servers"]:
+    # a mistake is found before a Prefect server is started for the flow
+    urls = chosen_servers(params.load(), server or None)
+    for check in flow(model=model, servers=urls)["servers"]:
         print(f"{check['server']}: version {check['version']}, {check['reason']} ({check['seconds']:g} s)")
 
 
 @app.command()
-def ui(
-    prefect_port: Annotated[int, typer.Option(help="port of Prefect's pages")] = 4200,
-    mlflow_port: Annotated[int, typer.Option(help="port of MLflow's pages")] = 5000,
+def up(
+    wait: Annotated[bool, typer.Option(help="return when all are ready, or at once")] = True,
+    status: Annotated[bool, typer.Option("--status", help="only show what runs")] = False,
 ) -> None:
-    """Start the pages of Prefect and MLflow, until Ctrl-C."""
+    """Start Prefect and MLflow servers, deployments and a worker in the background; schedules then run."""
+    checked = params.load(paths.workspace() / "params.yaml")
+    if not status:
+        started = background.up(checked)
+        print("starting" if started else "already up", flush=True)
+        if wait:
+            background.wait_until_ready(checked, lambda line: print(f"  {line}", flush=True))
+    _show_services()
+
+
+@app.command()
+def down() -> None:
+    """End everything that `up` started; a running stage saves its checkpoint first."""
+    ended = background.down(params.load(paths.workspace() / "params.yaml"))
+    print("down" if ended else "nothing was up")
+
+
+@app.command()
+def services() -> None:
+    """Show what `up` started: status, pages, logs."""
+    paths.workspace()
+    _show_services()
+
+
+def _show_services() -> None:
+    found = background.running()
+    if not found:
+        print("nothing is up; `make up` starts it")
+        return
+    for service in found:
+        status = background.probe(service)
+        if service.restarts:
+            status += f" ({service.restarts} restarts, last exit code {service.exit_code})"
+        print(f"{service.name:<12} {status:<10} {service.page or '-':<28} {service.log}")
+
+
+@app.command()
+def deploy() -> None:
+    """Bring the running Prefect server in line with a changed prefect.yaml."""
+    checked = params.load(paths.workspace() / "params.yaml")
+    if not os.environ.get("PREFECT_API_URL"):
+        raise ConfigError("there is no Prefect server to deploy to; `make up` starts one and deploys")
+    from flows.deployments import deploy as deploy_file
+
+    for line in [*deploy_file(paths.home(), checked.services.work_pool), "deployed"]:
+        print(line)
+
+
+@app.command()
+def ui(
+    prefect_port: Annotated[int, typer.Option(help="port of Prefect's pages; -1: params.yaml")] = -1,
+    mlflow_port: Annotated[int, typer.Option(help="port of MLflow's pages; -1: params.yaml")] = -1,
+) -> None:
+    """Start the pages of Prefect and MLflow, until Ctrl-C. (`up` keeps them in the background.)"""
     from flows.ui import show
 
-    show(params.load(), prefect_port, mlflow_port)
+    checked = params.load()
+    settings = checked.services
+    show(
+        checked,
+        settings.prefect_port if prefect_port < 0 else prefect_port,
+        settings.mlflow_port if mlflow_port < 0 else mlflow_port,
+    )
 
 
 @app.command()
@@ -117,6 +213,7 @@ def main() -> None:
     """Entry point: a user's mistake is one line on stderr and an exit code (see flows.errors)."""
     environment.prepare()
     try:
+        background.use_running()
         app(standalone_mode=False)
     except TrunklineError as error:
         _fail(str(error), error.exit_code)

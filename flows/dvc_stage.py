@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +29,7 @@ KEPT_LINES = 50
 TERMINATE_S = 60.0
 LAST_WORDS_S = 5.0
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")
+RUNNING = re.compile(r"Running stage '([^']+)'")
 LOCKED = ("Unable to acquire lock", "is busy, it is being blocked by")
 
 Status = Literal["executed", "restored", "unchanged"]
@@ -50,6 +51,7 @@ class StageInfo:
     name: str  # finetune@scratch
     needs: tuple[str, ...]  # names of the stages it depends on
     sections: tuple[str, ...]  # of params.yaml
+    outs: tuple[str, ...] = ()  # paths of its outputs and metrics
 
     @property
     def family(self) -> str:
@@ -79,6 +81,7 @@ def read_graph(root: Path) -> list[StageInfo]:
                     stage.name,
                     tuple(sorted(parent.name for parent in graph.successors(stage))),
                     tuple(name for dependency in stage.params for name in dependency.params),
+                    tuple(out.def_path for out in stage.outs),
                 )
                 for stage in order
             ]
@@ -104,10 +107,33 @@ def run_stage(
         StageFailed: with the stage's own exit code, its error line and the command that repeats it.
     """
     before = read_receipt(root, stage)
+    executed = reproduce(root, ["--single-item", stage], environment, on_line)
+    receipt = read_receipt(root, stage)
+    if executed:
+        return "executed", receipt
+    return ("unchanged" if receipt == before else "restored"), receipt
+
+
+def reproduce(
+    root: Path,
+    arguments: Sequence[str],
+    environment: dict[str, str],
+    on_line: Callable[[str], None],
+    keep_open: Sequence[int] = (),
+) -> list[str]:
+    """`dvc repro ARGUMENTS` in `root`: the stages that were executed, not those skipped or restored.
+
+    Args:
+        keep_open: file descriptors (locks) that DVC's process holds as well, should this one be killed.
+
+    Raises:
+        StageFailed: with the exit code of the stage that failed, its error line and the command that repeats
+            it.
+    """
     lines: deque[str] = deque(maxlen=KEPT_LINES)
-    executed = False
+    executed: list[str] = []
     process = subprocess.Popen(
-        [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", stage],
+        [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", *arguments],
         cwd=root,
         env={
             **os.environ,
@@ -120,13 +146,15 @@ def run_stage(
         text=True,
         errors="replace",
         bufsize=1,
+        pass_fds=tuple(keep_open),
     )
     try:
         assert process.stdout is not None
         for raw in process.stdout:
             line = ANSI.sub("", raw).rstrip()
             if line:
-                executed = executed or line.startswith("Running stage ")
+                if found := RUNNING.match(line):
+                    executed.append(found[1])
                 lines.append(line)
                 on_line(line)
         code = process.wait()
@@ -134,14 +162,11 @@ def run_stage(
         if process.poll() is None:
             terminate_tree(process.pid)
     if code != 0:
-        raise _failure(stage, root, code, list(lines))
-    receipt = read_receipt(root, stage)
-    if executed:
-        return "executed", receipt
-    return ("unchanged" if receipt == before else "restored"), receipt
+        raise _failure(arguments, root, code, list(lines))
+    return executed
 
 
-def _failure(stage: str, root: Path, code: int, lines: list[str]) -> StageFailed:
+def _failure(arguments: Sequence[str], root: Path, code: int, lines: list[str]) -> StageFailed:
     """DVC answers 255 to any failure of a command; the command's own code stands at the end of its last
     line."""
     matches = [found for line in lines if (found := re.search(r", exited with (-?\d+)$", line))]
@@ -153,10 +178,10 @@ def _failure(stage: str, root: Path, code: int, lines: list[str]) -> StageFailed
         [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")] if not matches else []
     )
     said = own_words[-1:] or dvc_words[:1]
-    text = said[0] if said else "\n".join([f"{stage} failed:", *lines[-15:]])
+    text = said[0] if said else "\n".join([f"{arguments[-1]} failed:", *lines[-15:]])
     locked = any(mark in line for line in lines for mark in LOCKED)
     repeat = (
-        "" if own == Interrupted.exit_code else f"\n  repeat: cd {root} && dvc repro --single-item {stage}"
+        "" if own == Interrupted.exit_code else f"\n  repeat: cd {root} && dvc repro {' '.join(arguments)}"
     )
     return StageFailed(text + repeat, own, locked or own in RETRYABLE_EXIT_CODES)
 

@@ -6,9 +6,11 @@ chosen by configuration alone.
 
 from __future__ import annotations
 
+import logging
 import os
 
 from flows import paths
+from flows.errors import explain
 
 QUIET = {
     "DO_NOT_TRACK": "1",
@@ -33,3 +35,20 @@ def prepare() -> None:
     for key, value in QUIET.items():
         os.environ.setdefault(key, value)
     os.environ.setdefault("PREFECT_HOME", str(paths.home() / ".prefect"))
+
+
+class _NoTraceOfMistakes(logging.Filter):
+    """A user's mistake or a full disk is one line; Prefect would log its stack trace several times."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.exc_info and record.exc_info[1] and explain(record.exc_info[1]):
+            record.exc_info = None
+        return True
+
+
+def hide_traces_of_mistakes() -> None:
+    """For the logs of flows; call it where a flow is defined."""
+    for name in ("prefect.flow_runs", "prefect.task_runs"):
+        logger = logging.getLogger(name)
+        if not any(isinstance(known, _NoTraceOfMistakes) for known in logger.filters):
+            logger.addFilter(_NoTraceOfMistakes())

@@ -239,13 +239,41 @@ class Rollout(Section):
 
 class Tracking(Section):
     uri: Annotated[str, Field(min_length=1)]
+    artifacts: Annotated[str, Field(min_length=1)]
     experiment: Annotated[str, Field(min_length=1)]
+
+
+class Services(Section):
+    """The servers and the worker of `trunkline up`."""
+
+    host: Annotated[str, Field(min_length=1)]
+    prefect_port: Annotated[int, Field(ge=1, le=65535)]
+    mlflow_port: Annotated[int, Field(ge=1, le=65535)]
+    work_pool: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
+    parallel_runs: Positive
+    start_patience_s: Annotated[float, Field(gt=0.0)]
+    stop_patience_s: Annotated[float, Field(gt=0.0)]
+    log_mb: Positive
+
+    @model_validator(mode="after")
+    def _ports_differ(self) -> Self:
+        if self.prefect_port == self.mlflow_port:
+            raise ValueError(f"prefect_port and mlflow_port must differ, both are {self.mlflow_port}")
+        return self
 
 
 class Pipeline(Section):
     parallel_stages: Positive
     retries: Count
     smoke_images: Positive
+
+
+class Sweep(Section):
+    parallel: Positive
+    max_points: Positive
+    gpus_per_point: Count
+    keep_files: bool
+    record_experiments: bool
 
 
 class Params(Section):
@@ -264,7 +292,9 @@ class Params(Section):
     placement: Placement
     rollout: Rollout
     tracking: Tracking
+    services: Services
     pipeline: Pipeline
+    sweep: Sweep
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
@@ -319,10 +349,10 @@ def check(values: Mapping[str, Any], origin: str) -> Params:
     try:
         return Params.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"{origin}: {_first_problem(error)}") from None
+        raise ConfigError(f"{origin}: {first_problem(error)}") from None
 
 
-def _first_problem(error: ValidationError) -> str:
+def first_problem(error: ValidationError) -> str:
     # a mistyped key is both unknown and missing; the first is what the user wrote
     problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     first = problems[0]

@@ -7,13 +7,9 @@ with the same arguments.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,24 +28,12 @@ from prefect.task_runners import ThreadPoolTaskRunner  # noqa: E402
 
 from flows import dvc_stage, files, paths, promotion, smoke, tracking, workspace  # noqa: E402
 from flows.dvc_stage import StageFailed, StageInfo  # noqa: E402
-from flows.errors import ResourceError, TrunklineError  # noqa: E402
 from flows.params import Params, flatten  # noqa: E402
 from flows.registry import Version  # noqa: E402
 from flows.report import build_report  # noqa: E402
 from flows.tracking import MlflowRun  # noqa: E402
 
-
-class _NoTraceOfMistakes(logging.Filter):
-    """A user's mistake is one line; Prefect would log its stack trace several times."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if record.exc_info and isinstance(record.exc_info[1], TrunklineError):
-            record.exc_info = None
-        return True
-
-
-for _name in ("prefect.flow_runs", "prefect.task_runs"):
-    logging.getLogger(_name).addFilter(_NoTraceOfMistakes())
+environment.hide_traces_of_mistakes()
 
 LABELS_NEEDED = ("finetune", "evaluate", "export", "parity")
 _stopping = threading.Event()
@@ -138,7 +122,7 @@ def pipeline(dataset: str = "", recipe: str = "", settings: list[str] | None = N
     if place.settings:
         tags["trunkline.overrides"] = " ".join(f"-S {setting}" for setting in place.settings)
     os.chdir(root)  # params, provenance and relative paths of this run are those of its workspace
-    with _alone_in(root), tracking.pipeline_run(params, name=root.name, tags=tags) as run:
+    with workspace.alone_in(root), tracking.pipeline_run(params, name=root.name, tags=tags) as run:
         logger.info("workspace %s", root)
         try:
             outcomes = _run_stages(params, root, run)
@@ -150,23 +134,6 @@ def pipeline(dataset: str = "", recipe: str = "", settings: list[str] | None = N
         _log_outcome(run, root, summary)
     create_markdown_artifact(_markdown(summary), key="summary", description="What this run made")
     return summary
-
-
-@contextlib.contextmanager
-def _alone_in(root: Path) -> Iterator[None]:
-    """Refuse a second run of the same workspace; different workspaces may run at once.
-
-    Raises:
-        ResourceError: another run is active.
-    """
-    folder = paths.home() / ".trunkline" / "locks"
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / f"{root.name}.lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ResourceError(f"another run is active in {root}; wait for it or stop it") from None
-        yield
 
 
 def _run_stages(params: Params, root: Path, run: MlflowRun) -> list[dict[str, Any]]:

@@ -9,12 +9,15 @@ folder.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +26,12 @@ import yaml
 
 from flows import files, params, paths
 from flows.data.sources import resolve
-from flows.errors import ConfigError
+from flows.errors import ConfigError, ResourceError
 from flows.params import Params
 
 CODE = ("flows", "models", "dvc.yaml", "constraints.txt", "recipes")
 NAME_LETTERS = 40  # of the recipe or data set in a workspace's name
+LOCK_CHECK_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,23 @@ def prepare(dataset: str = "", recipe: str = "", settings: Sequence[str] = ()) -
     """
     home = paths.home()
     base = params.read(home / "params.yaml")
+    values = merge(dataset, recipe, settings)
+    checked = params.check(values, "params.yaml with overrides" if values != base else "params.yaml")
+    if values == base:
+        return Workspace(home, checked, ())
+    place = locate(values, checked, recipe or dataset)
+    populate(place.root, values)
+    return place
+
+
+def merge(dataset: str = "", recipe: str = "", settings: Sequence[str] = ()) -> dict[str, Any]:
+    """The clone's params.yaml with the data set's recipe, `recipe` and `settings` laid over it, unchecked.
+
+    Raises:
+        ConfigError, DataError: as `prepare`.
+    """
+    home = paths.home()
+    base = params.read(home / "params.yaml")
     values = base
     if dataset:
         kind, source = resolve(dataset, home)
@@ -62,15 +83,15 @@ def prepare(dataset: str = "", recipe: str = "", settings: Sequence[str] = ()) -
             values = params.overlay(values, {"ingest": {"source": resolve(kind, home)[1]}}, "data set")
     for setting in settings:
         values = params.overlay(values, params.parse_setting(setting), f"--set {setting}")
-    checked = params.check(values, "params.yaml with overrides" if values != base else "params.yaml")
-    if values == base:
-        return Workspace(home, checked, ())
-    changed = {
-        key: value for key, value in params.flatten(values).items() if params.flatten(base).get(key) != value
-    }
-    root = paths.workspaces() / _name(changed, recipe or dataset, checked)
-    _populate(root, home, values)
-    return Workspace(root, checked, tuple(f"{key}={json.dumps(value)}" for key, value in changed.items()))
+    return values
+
+
+def locate(values: dict[str, Any], checked: Params, hint: str) -> Workspace:
+    """Where `values` run, also when they are the clone's own; `populate` makes the folder."""
+    base = params.flatten(params.read(paths.home() / "params.yaml"))
+    changed = {key: value for key, value in params.flatten(values).items() if base.get(key) != value}
+    settings = tuple(f"{key}={json.dumps(value)}" for key, value in changed.items())
+    return Workspace(paths.workspaces() / _name(changed, hint, checked), checked, settings)
 
 
 def _apply_recipe(values: dict[str, Any], recipe: str, home: Path) -> dict[str, Any]:
@@ -90,8 +111,9 @@ def _name(changed: dict[str, Any], hint: str, checked: Params) -> str:
     return f"{plain or 'run'}-{digest}"
 
 
-def _populate(root: Path, home: Path, values: dict[str, Any]) -> None:
-    """Bring the code of the workspace up to date; outputs and dvc.lock stay."""
+def populate(root: Path, values: dict[str, Any]) -> None:
+    """Bring params and code of the workspace up to date; outputs and dvc.lock stay."""
+    home = paths.home()
     root.mkdir(parents=True, exist_ok=True)
     for name in CODE:
         _mirror(home / name, root / name)
@@ -104,6 +126,33 @@ def _populate(root: Path, home: Path, values: dict[str, Any]) -> None:
         f"[core]\n    no_scm = true\n    analytics = false\n[cache]\n    dir = {cache}\n".encode(),
     )
     _write_if_changed(root / ".dvcignore", b"__pycache__\n")
+
+
+@contextmanager
+def alone_in(root: Path, patience: Callable[[], bool] = lambda: False) -> Iterator[int]:
+    """Keep other runs out of a workspace; different workspaces may run at once.
+
+    Args:
+        patience: asked while another run is active; True waits on.
+
+    Yields:
+        The lock's file descriptor: a child process that inherits it keeps others out as long as it lives.
+
+    Raises:
+        ResourceError: another run is active.
+    """
+    folder = paths.home() / ".trunkline" / "locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f"{root.name}.lock", "w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not patience():
+                    raise ResourceError(f"another run is active in {root}; wait for it or stop it") from None
+                time.sleep(LOCK_CHECK_S)
+        yield file.fileno()
 
 
 def _mirror(source: Path, target: Path) -> None:
