@@ -206,10 +206,12 @@ def rollout(
     ] = [],  # noqa: B006
 ) -> None:
     """Wait until all servers serve the champion, and compare their answers with the recorded ones."""
+    from flows.rollout import chosen_servers
     from flows.rollout import rollout as flow
 
-    params.load()  # a mistake there is found before a server is started for the flow
-    for check in flow(model=model, servers=list(server) or None)["servers"]:
+    # a mistake is found before a Prefect server is started for the flow
+    urls = chosen_servers(params.load(), server or None)
+    for check in flow(model=model, servers=urls)["servers"]:
         print(f"{check['server']}: version {check['version']}, {check['reason']} ({check['seconds']:g} s)")
 
 

@@ -69,9 +69,7 @@ def rollout(model: str = "", servers: list[str] | None = None) -> dict[str, Any]
         GateFailed: a server does not serve the champion.
     """
     params = parameters.load()
-    urls = list(params.rollout.servers if servers is None else servers)
-    if not urls:
-        raise ConfigError("no servers to ask: list their URLs in rollout.servers or give --server URL")
+    urls = chosen_servers(params, servers)
     name = model or params.registered_model(serve.dataset_name(params))
     expected = expectation(params, name)
     get_run_logger().info(
@@ -90,6 +88,16 @@ def rollout(model: str = "", servers: list[str] | None = None) -> dict[str, Any]
         "version": expected.version.version,
         "servers": [asdict(check) for check in checks],
     }
+
+
+def chosen_servers(params: Params, given: Sequence[str] | None) -> list[str]:
+    """
+    Raises:
+        ConfigError: there is none.
+    """
+    if urls := list(params.rollout.servers if given is None else given):
+        return urls
+    raise ConfigError("no servers to ask: list their URLs in rollout.servers or give --server URL")
 
 
 def expectation(params: Params, name: str) -> Expected:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 import time
@@ -20,6 +21,8 @@ CLOSE = (b"connection", b"close")
 INFERENCE = ("/infer", "/v1/classify")  # ends of the routes that ask the network
 GONE = 499  # in logs and metrics only: nobody was there to be answered
 REQUEST_ID = re.compile(r"[!-~]{1,128}")
+_PREFIX, _numbers = uuid.uuid4().hex[:20], itertools.count(1)
+"""Ids of this process: unlike others', and made without asking the system for random bytes each time."""
 
 
 class Gateway:
@@ -108,7 +111,7 @@ def _request_id(scope: Scope) -> str:
             text = value.decode("latin-1")
             if REQUEST_ID.fullmatch(text):
                 return str(text)
-    return uuid.uuid4().hex
+    return f"{_PREFIX}{next(_numbers):012x}"
 
 
 async def _send_error(send: Send, status: int, message: str, headers: dict[str, str]) -> None:

@@ -12,6 +12,7 @@ import signal
 import socket
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -66,6 +67,8 @@ def serve(
         ConfigError: the host is not an address of this machine.
         DataError: the package is damaged, not the one that was asked for, or fails its golden requests.
     """
+    # what Pillow remarks on damaged uploads would fill the log; what it cannot read is answered with 4xx
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
     with listening_socket(settings.host, settings.port) as listener:
         release = Release(folder, version, git_commit, name, digest)
         model = load_model(release, settings, max_pixels)
@@ -82,6 +85,7 @@ def serve(
                 app,
                 log_level="warning",
                 access_log=False,
+                proxy_headers=False,  # X-Forwarded-For is the client's word
                 limit_concurrency=settings.max_requests + IDLE_CONNECTIONS,
                 timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=CUT_OFF_S,
