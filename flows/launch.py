@@ -84,6 +84,8 @@ def run_agent(torchrun: list[str], stage: str, arguments: list[str], timeout_s: 
     Args:
         timeout_s: how long to wait for the other machines.
     """
+    # read when torch is loaded: it would warn of every connection from an address without a name
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -101,8 +103,6 @@ def run_agent(torchrun: list[str], stage: str, arguments: list[str], timeout_s: 
         ["--max-restarts", "0", "--rdzv-conf", waiting, *torchrun, "-m", "flows.launch", stage, *arguments]
     )
     if parsed.nnodes not in ("1", "1:1"):
-        # each connection from an address without a name is worth a warning to torch
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         _prepare_network(parsed, timeout_s)
         _stop_also_while_waiting(stage)
     try:
@@ -111,6 +111,8 @@ def run_agent(torchrun: list[str], stage: str, arguments: list[str], timeout_s: 
         failure = _cause(list(error.failures.values()))
         if message := _message(failure, stage):
             print(f"error: {message}", file=sys.stderr, flush=True)
+        if failure.exitcode == -signal.SIGTERM:
+            return Interrupted.exit_code
         return 128 - failure.exitcode if failure.exitcode < 0 else failure.exitcode
     except SignalException:
         return Interrupted.exit_code
@@ -204,9 +206,10 @@ def _meeting_place(parsed: argparse.Namespace) -> str:
 
 
 def _cause(failures: list[ProcessFailure]) -> ProcessFailure:
-    """The first failure; one process that ends interrupts all others, so an interruption is rather a
-    consequence."""
-    return min(failures, key=lambda failure: (failure.exitcode == Interrupted.exit_code, failure.timestamp))
+    """The first failure; one process that ends interrupts all others, and the agent terminates what is left,
+    so an interruption is rather a consequence."""
+    consequences = (Interrupted.exit_code, -signal.SIGTERM)
+    return min(failures, key=lambda failure: (failure.exitcode in consequences, failure.timestamp))
 
 
 def _message(failure: ProcessFailure, stage: str) -> str:

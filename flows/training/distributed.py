@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -25,8 +26,15 @@ from flows.params import Distributed, Training
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found nothing better
 
+# DeepSpeed's autotuner, which nobody uses here, would import MLflow: a second in every training process
+if "mlflow" not in sys.modules:
+    sys.modules["mlflow"] = None  # type: ignore[assignment]  # an import of it fails
+
 import deepspeed  # reads the accelerator at import
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+if sys.modules["mlflow"] is None:
+    del sys.modules["mlflow"]
 
 Value = TypeVar("Value")
 

@@ -286,9 +286,7 @@ def test_the_second_machine_writes_nothing(pair: History) -> None:
     assert receipt["stage"] == "pretrain"
 
 
-def test_two_hosts_that_were_disturbed_end_like_an_undisturbed_pair(
-    machines: Machines, pair: History
-) -> None:
+def test_two_disturbed_hosts_end_like_an_undisturbed_pair(machines: Machines, pair: History) -> None:
     assert machines.codes["last"] == [0, 0], machines.attempts["last"][1].output
     assert workspaces.weights(machines.workspaces[0]) == workspaces.weights(pair.undisturbed)
     assert workspaces.curves(machines.workspaces[0]) == workspaces.curves(pair.undisturbed)
@@ -316,12 +314,11 @@ def test_a_network_that_stays_away_ends_both_hosts(machines: Machines) -> None:
 
 def test_hosts_resume_where_the_last_checkpoint_was(machines: Machines) -> None:
     began = {
-        name: int(attempt.wait_for(r"resume: step (\d+) from")[1])
-        for name in ("cut", "last")
-        for attempt in machines.attempts[name]
-        if attempt.output
+        name: int(leader.wait_for(r"resume: step (\d+) from")[1])
+        for name, leader in (("cut", machines.attempts["cut"][0]), ("last", machines.attempts["last"][1]))
     }
     assert 10 <= began["cut"] < began["last"]
+    assert machines.attempts["last"][0].lines == [], "the second host writes nothing"
 
 
 def test_a_killed_worker_ends_the_others_with_one_line(pair: History) -> None:
