@@ -2,6 +2,7 @@
 # make test           all tests
 # make lint           format, style, types, import directions
 # make sweep          many settings, several at once: FILE=name in recipes/sweeps or path
+# make up             servers, deployments and a worker in the background: schedules run     make down   ends them
 # make ui             Prefect and MLflow pages of what ran      make serve   the champion over HTTP
 # Variables of run: DATASET=digits|cifar10|path/to/folder  RECIPE=name  SET="key=value key=value"
 
@@ -16,7 +17,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export PREFECT_HOME ?= $(CURDIR)/.prefect
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: run sweep test lint format ui serve report bench clean help
+.PHONY: run sweep test lint format up down ui serve report bench clean help
 
 run: $(VENV)/.installed
 	@$(BIN)/trunkline run $(if $(DATASET),--dataset "$(DATASET)") $(if $(RECIPE),--recipe "$(RECIPE)") $(foreach s,$(SET),--set "$(s)")
@@ -42,6 +43,12 @@ serve: $(VENV)/.installed
 
 report: $(VENV)/.installed
 	@$(BIN)/trunkline report
+
+up: $(VENV)/.installed
+	@$(BIN)/trunkline up
+
+down: $(VENV)/.installed
+	@$(BIN)/trunkline down
 
 ui: $(VENV)/.installed
 	@$(BIN)/trunkline ui

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from flows import environment, params, paths
+from flows import services as background
 from flows.errors import ConfigError, Interrupted, TrunklineError, explain
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
@@ -115,14 +116,73 @@ def serve_vision(
 
 
 @app.command()
-def ui(
-    prefect_port: Annotated[int, typer.Option(help="port of Prefect's pages")] = 4200,
-    mlflow_port: Annotated[int, typer.Option(help="port of MLflow's pages")] = 5000,
+def up(
+    wait: Annotated[bool, typer.Option(help="return when all are ready, or at once")] = True,
+    status: Annotated[bool, typer.Option("--status", help="only show what runs")] = False,
 ) -> None:
-    """Start the pages of Prefect and MLflow, until Ctrl-C."""
+    """Start Prefect and MLflow servers, deployments and a worker in the background; schedules then run."""
+    checked = params.load(paths.workspace() / "params.yaml")
+    if not status:
+        started = background.up(checked)
+        print("starting" if started else "already up", flush=True)
+        if wait:
+            background.wait_until_ready(checked, lambda line: print(f"  {line}", flush=True))
+    _show_services()
+
+
+@app.command()
+def down() -> None:
+    """End everything that `up` started; a running stage saves its checkpoint first."""
+    ended = background.down(params.load(paths.workspace() / "params.yaml"))
+    print("down" if ended else "nothing was up")
+
+
+@app.command()
+def services() -> None:
+    """Show what `up` started: status, pages, logs."""
+    paths.workspace()
+    _show_services()
+
+
+def _show_services() -> None:
+    found = background.running()
+    if not found:
+        print("nothing is up; `make up` starts it")
+        return
+    for service in found:
+        status = background.probe(service)
+        if service.restarts:
+            status += f" ({service.restarts} restarts, last exit code {service.exit_code})"
+        print(f"{service.name:<12} {status:<10} {service.page or '-':<28} {service.log}")
+
+
+@app.command()
+def deploy() -> None:
+    """Bring the running Prefect server in line with a changed prefect.yaml."""
+    checked = params.load(paths.workspace() / "params.yaml")
+    if not os.environ.get("PREFECT_API_URL"):
+        raise ConfigError("there is no Prefect server to deploy to; `make up` starts one and deploys")
+    from flows.deployments import deploy as deploy_file
+
+    for line in [*deploy_file(paths.home(), checked.services.work_pool), "deployed"]:
+        print(line)
+
+
+@app.command()
+def ui(
+    prefect_port: Annotated[int, typer.Option(help="port of Prefect's pages; -1: params.yaml")] = -1,
+    mlflow_port: Annotated[int, typer.Option(help="port of MLflow's pages; -1: params.yaml")] = -1,
+) -> None:
+    """Start the pages of Prefect and MLflow, until Ctrl-C. (`up` keeps them in the background.)"""
     from flows.ui import show
 
-    show(params.load(), prefect_port, mlflow_port)
+    checked = params.load()
+    settings = checked.services
+    show(
+        checked,
+        settings.prefect_port if prefect_port < 0 else prefect_port,
+        settings.mlflow_port if mlflow_port < 0 else mlflow_port,
+    )
 
 
 @app.command()
@@ -138,6 +198,7 @@ def main() -> None:
     """Entry point: a user's mistake is one line on stderr and an exit code (see flows.errors)."""
     environment.prepare()
     try:
+        background.use_running()
         app(standalone_mode=False)
     except TrunklineError as error:
         _fail(str(error), error.exit_code)

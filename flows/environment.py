@@ -10,7 +10,7 @@ import logging
 import os
 
 from flows import paths
-from flows.errors import TrunklineError
+from flows.errors import explain
 
 QUIET = {
     "DO_NOT_TRACK": "1",
@@ -38,10 +38,10 @@ def prepare() -> None:
 
 
 class _NoTraceOfMistakes(logging.Filter):
-    """A user's mistake is one line; Prefect would log its stack trace several times."""
+    """A user's mistake or a full disk is one line; Prefect would log its stack trace several times."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if record.exc_info and isinstance(record.exc_info[1], TrunklineError):
+        if record.exc_info and record.exc_info[1] and explain(record.exc_info[1]):
             record.exc_info = None
         return True
 

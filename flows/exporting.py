@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,9 +23,16 @@ EXTERNAL_DATA_BYTES = 1_500_000_000
 
 
 def export_onnx(
-    model: nn.Module, path: Path, *, image_size: int, opset: int, max_batch: int, metadata: Mapping[str, str]
+    model: nn.Module,
+    path: Path,
+    *,
+    image_size: int,
+    opset: int,
+    max_batch: int,
+    metadata: Mapping[str, str],
+    outputs: Sequence[str] = ("logits",),
 ) -> None:
-    """Write `model` with input `images`, float32 (batch, 3, image_size, image_size), and output `logits`.
+    """Write `model` with input `images`, float32 (batch, 3, image_size, image_size), and the named `outputs`.
 
     The batch dimension is free from 1 to `max_batch`; everything else is fixed. The network is traced at
     batch 2, because a batch of 1 would be taken for a constant.
@@ -42,7 +49,7 @@ def export_onnx(
             dynamo=True,
             opset_version=opset,
             input_names=["images"],
-            output_names=["logits"],
+            output_names=list(outputs),
             dynamic_shapes=({0: batch},),
             verbose=False,
         )

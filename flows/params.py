@@ -189,16 +189,61 @@ class Registry(Section):
 class Serve(Section):
     host: str
     port: Annotated[int, Field(ge=0, le=65535)]
-    variant: Literal["fp32", "int8"]
+    variant: Literal["fp32", "int8", "auto"]
     providers: Providers
     threads: Count
     max_upload_mb: Positive
+    max_request_images: Positive
     max_batch: Positive
+    max_wait_ms: NonNegative
+    queue_images: Positive
+    max_requests: Positive
+    timeout_ms: Positive
+    max_timeout_ms: Positive
+    drain_s: NonNegative
+    access_log: Annotated[str, Field(min_length=1)]
+    access_log_mb: Positive
+    access_log_files: Count
+    golden_tolerance: Fraction
+    golden_int8_agreement: Fraction
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.max_request_images > self.queue_images:
+            raise ValueError(
+                f"max_request_images {self.max_request_images} must not exceed queue_images "
+                f"{self.queue_images}"
+            )
+        if self.timeout_ms > self.max_timeout_ms:
+            raise ValueError(
+                f"timeout_ms {self.timeout_ms} must not exceed max_timeout_ms {self.max_timeout_ms}"
+            )
+        return self
 
 
 class Tracking(Section):
     uri: Annotated[str, Field(min_length=1)]
+    artifacts: Annotated[str, Field(min_length=1)]
     experiment: Annotated[str, Field(min_length=1)]
+
+
+class Services(Section):
+    """The servers and the worker of `trunkline up`."""
+
+    host: Annotated[str, Field(min_length=1)]
+    prefect_port: Annotated[int, Field(ge=1, le=65535)]
+    mlflow_port: Annotated[int, Field(ge=1, le=65535)]
+    work_pool: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
+    parallel_runs: Positive
+    start_patience_s: Annotated[float, Field(gt=0.0)]
+    stop_patience_s: Annotated[float, Field(gt=0.0)]
+    log_mb: Positive
+
+    @model_validator(mode="after")
+    def _ports_differ(self) -> Self:
+        if self.prefect_port == self.mlflow_port:
+            raise ValueError(f"prefect_port and mlflow_port must differ, both are {self.mlflow_port}")
+        return self
 
 
 class Pipeline(Section):
@@ -229,6 +274,7 @@ class Params(Section):
     registry: Registry
     serve: Serve
     tracking: Tracking
+    services: Services
     pipeline: Pipeline
     sweep: Sweep
 

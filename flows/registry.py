@@ -101,12 +101,12 @@ def register_folder(
 
     connection = client(params)
     model = onnx.load(folder / "model.onnx")
-    images, logits = model.graph.input[0].name, model.graph.output[0].name
-    classes = model.graph.output[0].type.tensor_type.shape.dim[-1].dim_value
+    images = model.graph.input[0].name
+    widths = {output.name: output.type.tensor_type.shape.dim[-1].dim_value for output in model.graph.output}
     float32 = np.dtype("float32")
     signature = ModelSignature(
         inputs=Schema([TensorSpec(float32, (-1, *example.shape[1:]), images)]),
-        outputs=Schema([TensorSpec(float32, (-1, classes), logits)]),
+        outputs=Schema([TensorSpec(float32, (-1, width), name) for name, width in widths.items()]),
     )
     experiment = connection.get_run(run.run_id).info.experiment_id
     with tempfile.TemporaryDirectory() as temporary:

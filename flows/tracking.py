@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import functools
 import hashlib
+import logging
 import os
 import socket
 import sqlite3
@@ -104,6 +105,17 @@ def tracking_uri(params: Params) -> str:
     return uri
 
 
+def is_server(uri: str) -> bool:
+    """An MLflow server, rather than a database that this process opens itself."""
+    return uri.startswith(("http://", "https://"))
+
+
+def artifact_root(params: Params) -> str:
+    """Where files of new experiments lie when the store is a database: an absolute path or a bucket's URI."""
+    place = params.tracking.artifacts
+    return place if "://" in place else str(paths.home() / place)
+
+
 def client(params: Params) -> Any:
     """`MlflowClient` of the tracking store, whose schema exists.
 
@@ -120,6 +132,8 @@ def _client(uri: str) -> Any:
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     import mlflow
 
+    # it logs every database error with a stack trace and raises it all the same: whoever catches it says it
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     try:
         _probe(uri)
         # processes that meet an empty database all fail in its migration: one creates, the others wait
@@ -150,7 +164,7 @@ def _probe(uri: str) -> None:
         with closing(sqlite3.connect(path, timeout=60)) as database:
             database.execute("BEGIN IMMEDIATE")
             database.rollback()
-    elif uri.startswith(("http://", "https://")):
+    elif is_server(uri):
         address = urllib.parse.urlsplit(uri)
         port = address.port or (443 if address.scheme == "https" else 80)
         socket.create_connection((address.hostname or "", port), timeout=10).close()
@@ -166,13 +180,13 @@ def _exclusive(name: str) -> Iterator[None]:
         yield
 
 
-def _experiment_id(client: Any, name: str) -> str:
+def _experiment_id(client: Any, name: str, artifacts: str) -> str:
     """Made by the first process that asks; one that was deleted on MLflow's pages comes back."""
     with _exclusive("tracking"):
         found = client.get_experiment_by_name(name)
         if found is None:
-            location = str(paths.home() / "mlartifacts") if client.tracking_uri.startswith(SQLITE) else None
-            return str(client.create_experiment(name, artifact_location=location and f"{location}/{name}"))
+            location = None if is_server(client.tracking_uri) else f"{artifacts}/{name}"
+            return str(client.create_experiment(name, artifact_location=location))
         if found.lifecycle_stage == "deleted":
             client.restore_experiment(found.experiment_id)
         return str(found.experiment_id)
@@ -188,7 +202,7 @@ def stage_run(stage: str, cell: str | None, params: Params) -> Iterator[Run]:
         yield Run()
         return
     connection = client(params)
-    experiment = _experiment_id(connection, f"{params.tracking.experiment}/{stage}")
+    experiment = _experiment_id(connection, f"{params.tracking.experiment}/{stage}", artifact_root(params))
     parent = os.environ.get(PARENT_VARIABLE, "")
     tags = {"trunkline.stage": f"{stage}@{cell}" if cell else stage, **provenance_tags()}
     if parent:
@@ -231,7 +245,7 @@ def _origin(params: Params) -> str:
 def pipeline_run(params: Params, name: str, tags: Mapping[str, str]) -> Iterator[MlflowRun]:
     """The parent run of one pipeline execution."""
     connection = client(params)
-    experiment = _experiment_id(connection, f"{params.tracking.experiment}/pipeline")
+    experiment = _experiment_id(connection, f"{params.tracking.experiment}/pipeline", artifact_root(params))
     created = connection.create_run(experiment, run_name=name, tags={**provenance_tags(), **tags})
     run = MlflowRun(connection, created.info.run_id)
     try:
@@ -253,7 +267,7 @@ def continued_run(
     """A run of experiment `kind` that a later attempt goes on with: `run_id` if the store has it, else a new
     one."""
     connection = client(params)
-    experiment = _experiment_id(connection, f"{params.tracking.experiment}/{kind}")
+    experiment = _experiment_id(connection, f"{params.tracking.experiment}/{kind}", artifact_root(params))
     known = run_id and connection.search_runs([experiment], f"attributes.run_id = '{run_id}'", max_results=1)
     if not known:
         run_id = connection.create_run(experiment, run_name=name).info.run_id
@@ -274,7 +288,7 @@ def continued_run(
 def find_run(params: Params, kind: str, tags: Mapping[str, str]) -> str:
     """The newest run of experiment `kind` with these tags; empty if there is none."""
     connection = client(params)
-    experiment = _experiment_id(connection, f"{params.tracking.experiment}/{kind}")
+    experiment = _experiment_id(connection, f"{params.tracking.experiment}/{kind}", artifact_root(params))
     wanted = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
     found = connection.search_runs([experiment], wanted, max_results=1)
     return str(found[0].info.run_id) if found else ""

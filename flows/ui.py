@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 
-from flows import tracking
+from flows import services, tracking
 from flows.errors import ResourceError
 from flows.params import Params
 from flows.ports import require_free
@@ -28,7 +27,11 @@ def show(params: Params, prefect_port: int, mlflow_port: int) -> None:
     # a terminal that is closed and a plain `kill` must not leave the servers behind
     for signum in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, signal.default_int_handler)
-    environment = {**os.environ, "PREFECT_LOGGING_SERVER_LEVEL": "WARNING"}
+    environment = {
+        **os.environ,
+        **services.mlflow_environment(params),
+        "PREFECT_LOGGING_SERVER_LEVEL": "WARNING",
+    }
     processes = {
         name: subprocess.Popen(
             command,
@@ -63,13 +66,7 @@ def show(params: Params, prefect_port: int, mlflow_port: int) -> None:
 
 def server_commands(params: Params, prefect_port: int, mlflow_port: int) -> dict[str, list[str]]:
     """How each server is started, by its name."""
-    python = [sys.executable, "-m"]
-    store = ["--backend-store-uri", tracking.tracking_uri(params)]
     return {
-        "Prefect": [*python, "prefect", "server", "start", "--host", HOST, "--port", str(prefect_port)],
-        # one person looks, and each worker takes some 300 MB
-        "MLflow": [
-            *(*python, "mlflow", "server", "--host", HOST, "--port", str(mlflow_port)),
-            *(*store, "--workers", "1"),
-        ],
+        "Prefect": services.prefect_command(HOST, prefect_port),
+        "MLflow": services.mlflow_command(params, HOST, mlflow_port),
     }

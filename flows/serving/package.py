@@ -170,6 +170,18 @@ class ModelPackage:
             known = ", ".join(self.manifest.variants)
             raise DataError(f"{self.folder} has no variant {name!r}, only {known}") from None
 
+    def output(self, name: str) -> TensorSpec:
+        """The output `name` of every variant.
+
+        Raises:
+            DataError: there is no such output.
+        """
+        for spec in self.manifest.outputs:
+            if spec.name == name:
+                return spec
+        known = ", ".join(spec.name for spec in self.manifest.outputs)
+        raise DataError(f"{self.folder} has no output {name!r}, only {known}; export the model again")
+
     def path(self, name: str) -> Path:
         """The ONNX file of a variant."""
         return self.folder / self.variant(name).file

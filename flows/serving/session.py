@@ -27,6 +27,9 @@ by name."""
 PROVIDER_OPTIONS: dict[str, dict[str, str]] = {
     "CUDAExecutionProvider": {"use_tf32": "0"},  # 10-bit mantissas would break the fp32 parity gate
 }
+LOGITS, FEATURES = "logits", "features"
+"""Names of the outputs: (n, classes), and the embedding that the head reads, (n, C). Exports made before
+there was `features` have only the first."""
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -38,9 +41,9 @@ class Session:
         self.path = path
         self.threads = threads
         self.providers: tuple[str, ...] = tuple(runtime.get_providers())
-        image_input, logits = runtime.get_inputs()[0], runtime.get_outputs()[0]
+        image_input = runtime.get_inputs()[0]
         self.input_name: str = image_input.name
-        self.output_name: str = logits.name
+        self.output_names: tuple[str, ...] = tuple(output.name for output in runtime.get_outputs())
         self.image_shape: tuple[int, ...] = tuple(image_input.shape[1:])
 
     @property
@@ -54,6 +57,13 @@ class Session:
         Raises:
             ValueError: another shape or type.
         """
+        return self._run([LOGITS], images)[0]
+
+    def run_all(self, images: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+        """Every output by its name, for the same images as `run`; logits are those that `run` gives."""
+        return dict(zip(self.output_names, self._run(list(self.output_names), images), strict=True))
+
+    def _run(self, names: list[str], images: NDArray[np.float32]) -> list[NDArray[np.float32]]:
         if (
             images.dtype != np.float32
             or images.ndim != 4
@@ -61,8 +71,8 @@ class Session:
             or not len(images)
         ):
             raise ValueError(f"expected float32 (n, {self.image_shape}), got {images.dtype} {images.shape}")
-        answer = self._runtime.run([self.output_name], {self.input_name: np.ascontiguousarray(images)})[0]
-        return np.asarray(answer, dtype=np.float32)
+        answers = self._runtime.run(names, {self.input_name: np.ascontiguousarray(images)})
+        return [np.asarray(answer, dtype=np.float32) for answer in answers]
 
     def warm_up(self, batch_sizes: Iterable[int]) -> None:
         """Run each batch size once, so that the first request does not pay for memory plans and kernels."""
@@ -148,6 +158,8 @@ def _open(path: Path, providers: list[str], threads: int) -> Session:
             )
     except Exception as error:  # the runtime's exception types share no base class
         raise DataError(f"ONNX Runtime cannot load {path}: {' '.join(str(error).split())[:300]}") from None
+    if LOGITS not in (names := [output.name for output in runtime.get_outputs()]):
+        raise DataError(f"{path} has no output {LOGITS!r}, only {', '.join(names)}; export the model again")
     granted = runtime.get_providers()
     if granted != providers and granted != [*providers, CPU]:
         raise ResourceError(

@@ -25,8 +25,9 @@ from flows.params import Params
 from flows.samples import draw_samples
 from flows.serving.package import MANIFEST, Manifest, TensorSpec, Variant, describe_variant, metadata
 from flows.serving.quantization import quantize
+from flows.serving.session import FEATURES, LOGITS
 from flows.stage import Stage, run_stage
-from models.classification import Classifier
+from models.classification import Classifier, WithFeatures
 
 CELL = "pretrained"
 """The cell of finetune that is exported; `scratch` is only the control."""
@@ -57,7 +58,10 @@ def run(params: Params, stage: Stage) -> None:
             task="classification",
             opset=params.export.opset,
             inputs=(TensorSpec("images", "FP32", (-1, 3, *2 * [config.preprocessing.image_size])),),
-            outputs=(TensorSpec("logits", "FP32", (-1, len(config.classes))),),
+            outputs=(
+                TensorSpec(LOGITS, "FP32", (-1, len(config.classes))),
+                TensorSpec(FEATURES, "FP32", (-1, model.backbone.num_features)),
+            ),
             max_batch=params.export.dynamic_batch_max,
             preprocessing=config.preprocessing,
             labels=config.classes,
@@ -90,12 +94,13 @@ def write_variants(
     """Write both ONNX files into `target` and describe them."""
     annotations = metadata(config.preprocessing, config.classes)
     export_onnx(
-        model,
+        WithFeatures(model),
         target / FILES["fp32"],
         image_size=config.preprocessing.image_size,
         opset=params.export.opset,
         max_batch=params.export.dynamic_batch_max,
         metadata=annotations,
+        outputs=(LOGITS, FEATURES),
     )
     write_onnx(quantize(target / FILES["fp32"], calibration), target / FILES["int8"], annotations)
     return {name: describe_variant(target / file) for name, file in FILES.items()}

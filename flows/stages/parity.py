@@ -14,6 +14,7 @@ from __future__ import annotations
 import csv
 import io
 import platform
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,17 @@ from flows.samples import draw_samples
 from flows.serving.comparison import Check, Comparison, Logits, accuracy, compare, run_in_batches, worst
 from flows.serving.measure import Measurement, measure_eager, measure_variant
 from flows.serving.package import ModelPackage
-from flows.serving.session import CPU, available_threads, open_session, working_providers
+from flows.serving.session import (
+    CPU,
+    FEATURES,
+    LOGITS,
+    Session,
+    available_threads,
+    open_session,
+    working_providers,
+)
 from flows.stage import Stage, run_stage
-from models.classification import Classifier
+from models.classification import Classifier, WithFeatures
 
 CELL = "pretrained"
 VARIANTS = ("fp32", "int8")
@@ -51,12 +60,15 @@ def run(params: Params, stage: Stage) -> None:
         preprocessing=config.preprocessing,
         max_pixels=params.ingest.max_pixels,
     )
-    reference = eager_logits(model, images)
+    package.output(FEATURES)  # or an error that says what to do
+    reference, features = eager_outputs(model, images)
     providers = chosen_providers(package, params.parity)
 
-    comparisons, errors = compare_all(package, images, labels, reference, providers, params.parity, stage)
+    comparisons, errors, feature_errors = compare_all(
+        package, images, labels, reference, features, providers, params.parity, stage
+    )
     reference_accuracy = accuracy(reference, labels)
-    checks = gate(comparisons, reference_accuracy, params.parity)
+    checks = gate(comparisons, feature_errors["fp32"], reference_accuracy, params.parity)
     print(check_table(checks), flush=True)
     if failed := [check for check in checks if not check.passed]:
         raise GateFailed("; ".join(_explain(check) for check in failed))
@@ -73,6 +85,7 @@ def run(params: Params, stage: Stage) -> None:
         "accuracy": {"pytorch": reference_accuracy}
         | {name: worst(comparisons, name).accuracy for name in VARIANTS},
         "checks": [check.to_dict() for check in checks],
+        "max_feature_error": feature_errors,
         "comparisons": [comparison.to_dict() for comparison in comparisons],
         "speed": speed_ratios(rows),
         "machine": {"processor": _processor(), "threads": available_threads(), "torch": torch.__version__},
@@ -87,10 +100,14 @@ def run(params: Params, stage: Stage) -> None:
 # ---- the numbers ----
 
 
-def eager_logits(model: Classifier, images: NDArray[np.float32]) -> Logits:
-    """What PyTorch answers on the CPU in float32: (n, classes)."""
+def eager_outputs(model: Classifier, images: NDArray[np.float32]) -> tuple[Logits, NDArray[np.float32]]:
+    """What PyTorch answers on the CPU in float32: logits (n, classes), features (n, C)."""
+    both = WithFeatures(model)
     with torch.inference_mode():
-        return run_in_batches(lambda batch: model(torch.from_numpy(batch)).numpy(), images, REFERENCE_BATCH)
+        side_by_side = run_in_batches(
+            lambda batch: torch.cat(both(torch.from_numpy(batch)), dim=1).numpy(), images, REFERENCE_BATCH
+        )
+    return side_by_side[:, : model.num_classes], side_by_side[:, model.num_classes :]
 
 
 def chosen_providers(package: ModelPackage, parity: Parity) -> list[str]:
@@ -105,34 +122,56 @@ def compare_all(
     images: NDArray[np.float32],
     labels: NDArray[np.int64],
     reference: Logits,
+    features: NDArray[np.float32],
     providers: list[str],
     parity: Parity,
     stage: Stage,
-) -> tuple[list[Comparison], dict[str, NDArray[np.float64]]]:
-    """Every variant, provider and batch size; also the absolute errors per variant, for the histogram."""
+) -> tuple[list[Comparison], dict[str, NDArray[np.float64]], dict[str, float]]:
+    """Every variant, provider and batch size; also, per variant, the absolute errors of the logits, for the
+    histogram, and the largest error of the features."""
     comparisons: list[Comparison] = []
+    feature_errors: dict[str, float] = {}
     errors: dict[str, list[NDArray[np.float64]]] = {name: [] for name in VARIANTS}
     for variant in VARIANTS:
         for provider in providers:
             session = open_session(package.path(variant), [provider])
             for size in parity.batch_sizes:
                 _stop_if_asked(stage)
-                logits = run_in_batches(session.run, images, size)
+                side_by_side = run_in_batches(partial(_run_both, session), images, size)
+                logits, found = side_by_side[:, : reference.shape[1]], side_by_side[:, reference.shape[1] :]
                 comparisons.append(
                     compare(reference, logits, labels, variant=variant, provider=provider, batch_size=size)
                 )
                 errors[variant].append(np.abs(reference.astype(np.float64) - logits))
-    return comparisons, {name: np.concatenate(values) for name, values in errors.items()}
+                largest = float(np.abs(features.astype(np.float64) - found).max())
+                feature_errors[variant] = float(
+                    np.maximum(feature_errors.get(variant, 0.0), largest)
+                )  # NaN wins
+    return comparisons, {name: np.concatenate(values) for name, values in errors.items()}, feature_errors
 
 
-def gate(comparisons: list[Comparison], reference_accuracy: float, parity: Parity) -> list[Check]:
-    """The five limits of params.yaml, each against the worst provider and batch size."""
+def _run_both(session: Session, images: NDArray[np.float32]) -> NDArray[np.float32]:
+    answers = session.run_all(images)
+    return np.concatenate([answers[LOGITS], answers[FEATURES]], axis=1)
+
+
+def gate(
+    comparisons: list[Comparison], fp32_feature_error: float, reference_accuracy: float, parity: Parity
+) -> list[Check]:
+    """The limits of params.yaml, each against the worst provider and batch size."""
     fp32, int8 = worst(comparisons, "fp32"), worst(comparisons, "int8")
     drop = reference_accuracy - int8.accuracy
     return [
         Check(
             "fp32 largest logit error",
             fp32.max_abs_error,
+            "<=",
+            parity.fp32_max_abs_error,
+            "fp32_max_abs_error",
+        ),
+        Check(
+            "fp32 largest feature error",
+            fp32_feature_error,
             "<=",
             parity.fp32_max_abs_error,
             "fp32_max_abs_error",

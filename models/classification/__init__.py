@@ -1,5 +1,5 @@
 """Image classification: the head on a backbone."""
 
-from models.classification.classifier import Classifier
+from models.classification.classifier import Classifier, WithFeatures
 
-__all__ = ["Classifier"]
+__all__ = ["Classifier", "WithFeatures"]

@@ -25,4 +25,21 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) → logits (B, num_classes)."""
-        return cast(Tensor, self.head(self.backbone(images).mean(dim=(2, 3))))
+        return cast(Tensor, self.head(self.features(images)))
+
+    def features(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S) → the embedding that the head reads, (B, num_features)."""
+        return cast(Tensor, self.backbone(images).mean(dim=(2, 3)))
+
+
+class WithFeatures(nn.Module):
+    """A classifier that also answers with its embedding: the form that is exported."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, S, S) → logits (B, num_classes), features (B, num_features)."""
+        features = self.classifier.features(images)
+        return self.classifier.head(features), features

@@ -1,259 +1,221 @@
 """The web application of the vision server: Open Inference Protocol v2, image classification, health.
 
     GET  /v2, /v2/health/live, /v2/health/ready
-    GET  /v2/models/{name}[/versions/{version}][/ready]
+    GET  /v2/models/{name}[/versions/{version}][/ready|/config|/stats]
     POST /v2/models/{name}[/versions/{version}]/infer      tensors that are already preprocessed
     POST /v1/classify                                      an image file
     GET  /healthz                                          which model exactly is being served
+    GET  /metrics, /openapi.json
 
-Bodies are read on the event loop within limits; parsing, decoding and inference run in worker threads that
-share the one session. Every error is `{"error": "one sentence"}`.
+Bodies are read on the event loop within limits; large ones are parsed, and images decoded, in worker threads;
+the batcher's thread runs the network. Every error is `{"error": "one sentence"}`.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
-import anyio
 import numpy as np
-from anyio import to_thread
-from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
-from numpy.typing import NDArray
+import orjson
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
-from flows.serving.package import ModelPackage
-from flows.serving.session import Session
-from flows.serving.vision import protocol
-from flows.serving.vision.protocol import RequestError
+from flows.serving.vision import descriptions, protocol
+from flows.serving.vision.access_log import AccessLog
+from flows.serving.vision.gateway import EXCHANGE, Gateway
+from flows.serving.vision.metrics import CONTENT_TYPE
+from flows.serving.vision.model import LoadedModel, softmax
+from flows.serving.vision.observing import OnBatch
+from flows.serving.vision.openapi import document
+from flows.serving.vision.service import Exchange, Limits, VisionService
 from flows.serving.vision.uploads import extract_image, prepare_image, read_body
 
 TOP_K = 5
-MAX_IN_FLIGHT = 32  # requests with a body that are held at once; more get 503
-T = TypeVar("T")
+INLINE_BYTES = 65_536  # JSON up to this size is parsed on the event loop: handing it over costs more
+Endpoint = Callable[[Request], Awaitable[Response]]
 
 
-@dataclass(frozen=True)
-class ServedModel:
-    """Which model of the registry the package is."""
+def create_app(
+    model: LoadedModel,
+    limits: Limits,
+    *,
+    access_log: AccessLog | None = None,
+    on_batch: OnBatch | None = None,
+) -> Starlette:
+    """The ASGI application around one loaded model; `app.state.service` is its VisionService.
 
-    name: str
-    version: str
-    variant: str  # fp32 | int8
-    git_commit: str  # of the run that trained it
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Bounds on one request."""
-
-    max_upload_bytes: int
-    max_batch: int
-    max_pixels: int
-
-
-class VisionService:
-    """The loaded model and what the routes do with it. `ready` turns false when the server is told to
-    stop."""
-
-    def __init__(self, package: ModelPackage, session: Session, limits: Limits, info: ServedModel) -> None:
-        self.manifest = package.manifest
-        self.image, self.logits = self.manifest.inputs[0], self.manifest.outputs[0]
-        self.digest = package.variant(info.variant).digest
-        self.session = session
-        self.limits = limits
-        self.max_batch = min(limits.max_batch, self.manifest.max_batch)
-        self.info = info
-        self.ready = True
-        self._in_flight = 0
-        # more threads than cores only adds memory: each holds a decoded image or a parsed tensor
-        self._workers = anyio.CapacityLimiter(max(2, session.threads))
+    Args:
+        access_log: default: none.
+        on_batch: sees every batch that was served, off the hot path; see `observing`.
+    """
+    service = VisionService(model, limits, access_log=access_log, on_batch=on_batch)
 
     @asynccontextmanager
-    async def admitted(self) -> AsyncIterator[None]:
-        """A place among the requests that may hold memory.
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        yield
+        service.close()
 
-        Raises:
-            RequestError: 503 when all are taken.
-        """
-        if self._in_flight >= MAX_IN_FLIGHT:
-            raise RequestError(503, f"{MAX_IN_FLIGHT} requests are being answered; try again shortly")
-        self._in_flight += 1
-        try:
-            yield
-        finally:
-            self._in_flight -= 1
-
-    async def work(self, function: Callable[[], T]) -> T:
-        """Run `function` in a worker thread."""
-        return await to_thread.run_sync(function, limiter=self._workers)
-
-    def infer(self, body: bytes, header_length: str | None) -> tuple[bytes, dict[str, str]]:
-        """Body and headers that answer one inference request."""
-        request = protocol.parse_request(
-            body, header_length, image=self.image, logits=self.logits, max_batch=self.max_batch
-        )
-        logits = self.session.run(request.images)
-        return protocol.format_response(request, logits, self.logits, self.info.name, self.info.version)
-
-    def classify(self, data: bytes) -> dict[str, Any]:
-        """The most probable classes of one encoded image."""
-        image = prepare_image(data, self.manifest.preprocessing, self.limits.max_pixels)
-        probabilities = softmax(self.session.run(image[np.newaxis])[0])
-        best = np.argsort(-probabilities, kind="stable")[:TOP_K]
-        top = [
-            {
-                "label": self.manifest.labels[index],
-                "index": int(index),
-                "confidence": float(probabilities[index]),
-            }
-            for index in best
-        ]
-        return {**top[0], "top": top, "model": self.identity()}
-
-    def identity(self) -> dict[str, str]:
-        return {
-            "name": self.info.name,
-            "version": self.info.version,
-            "digest": self.digest,
-            "variant": self.info.variant,
-        }
-
-    def health(self) -> dict[str, Any]:
-        return {
-            "status": "ok" if self.ready else "stopping",
-            "model": self.info.name,
-            "version": self.info.version,
-            "variant": self.info.variant,
-            "digest": self.digest,
-            "digests": {name: variant.digest for name, variant in self.manifest.variants.items()},
-            "data_digest": self.manifest.data_digest,
-            "git_commit": self.info.git_commit,
-            "providers": list(self.session.providers),
-            "threads": self.session.threads,
-        }
-
-    def metadata(self) -> dict[str, Any]:
-        """Model metadata of the protocol."""
-
-        def tensors(specs: Any) -> list[dict[str, Any]]:
-            return [
-                {"name": spec.name, "datatype": spec.datatype, "shape": list(spec.shape)} for spec in specs
-            ]
-
-        return {
-            "name": self.info.name,
-            "versions": [self.info.version],
-            "platform": protocol.ONNX_PLATFORM,
-            "inputs": tensors(self.manifest.inputs),
-            "outputs": tensors(self.manifest.outputs),
-        }
-
-    def check_name(self, name: str, version: str | None) -> None:
-        """
-        Raises:
-            RequestError: 404, another model or version than the served one.
-        """
-        if name != self.info.name:
-            raise RequestError(404, f"unknown model {name[:80]!r}; this server has {self.info.name!r}")
-        if version is not None and version != self.info.version:
-            raise RequestError(
-                404, f"unknown version {version[:80]!r} of {name!r}; this server has {self.info.version!r}"
-            )
-
-
-def softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    """(classes,) to probabilities."""
-    exponentials = np.exp(logits.astype(np.float64) - logits.max())
-    return np.asarray(exponentials / exponentials.sum())
-
-
-def create_app(package: ModelPackage, session: Session, limits: Limits, info: ServedModel) -> FastAPI:
-    """The ASGI application around one loaded model; `app.state.service` is its VisionService."""
-    # no interactive pages: they would load scripts from elsewhere
-    app = FastAPI(title=protocol.SERVER_NAME, version=info.version, docs_url=None, redoc_url=None)
-    service = VisionService(package, session, limits, info)
+    app = Starlette(
+        routes=_routes(service),
+        middleware=[Middleware(Gateway, service=service)],
+        exception_handlers={HTTPException: _unknown},
+        lifespan=lifespan,
+    )
     app.state.service = service
-    _add_error_handlers(app)
-    _add_protocol_routes(app, service)
-
-    @app.post("/v1/classify")
-    async def classify(request: Request) -> dict[str, Any]:
-        async with service.admitted():
-            data = await extract_image(request, await read_body(request, limits.max_upload_bytes))
-            return await service.work(lambda: service.classify(data))
-
-    @app.get("/healthz")
-    async def healthz() -> dict[str, Any]:
-        return service.health()
-
     return app
 
 
-def _add_protocol_routes(app: FastAPI, service: VisionService) -> None:
-    model, version_of_model = "/v2/models/{name}", "/v2/models/{name}/versions/{version}"
+def _routes(service: VisionService) -> list[Route]:
+    named = "/v2/models/{name}"
+    both = (named + "/versions/{version}", named)
+    return [  # the busy ones first
+        *(_route(path + "/infer", _infer(service), "POST") for path in both),
+        _route("/v1/classify", _classify(service), "POST"),
+        _route("/v2/health/live", _say(lambda: {"live": True})),
+        _route("/v2/health/ready", _ready(service)),
+        _route("/healthz", _say(service.health)),
+        _route("/metrics", _metrics(service)),
+        _route("/openapi.json", _say(lambda: document(service.model, service.limits))),
+        _route("/v2", _say(descriptions.server)),
+        _route("/v2/models/stats", _say(lambda: descriptions.statistics(service.model))),
+        *(_route(path + "/ready", _model_ready(service)) for path in both),
+        *(_route(path + "/stats", _about_model(service, descriptions.statistics)) for path in both),
+        *(_route(path + "/config", _about_model(service, descriptions.configuration)) for path in both),
+        *(_route(path, _about_model(service, descriptions.metadata)) for path in both),
+    ]
 
-    @app.get("/v2")
-    async def server_metadata() -> dict[str, Any]:
-        return {"name": protocol.SERVER_NAME, "version": "2", "extensions": protocol.EXTENSIONS}
 
-    @app.get("/v2/health/live")
-    async def live() -> dict[str, bool]:
-        return {"live": True}
+def _route(path: str, endpoint: Endpoint, method: str = "GET") -> Route:
+    async def labelled(request: Request) -> Response:
+        request.scope[EXCHANGE].route = path
+        return await endpoint(request)
 
-    @app.get("/v2/health/ready")
-    async def ready() -> JSONResponse:
-        return JSONResponse({"ready": service.ready}, status_code=200 if service.ready else 503)
+    return Route(path, labelled, methods=[method])
 
-    @app.get(version_of_model)
-    @app.get(model)
-    async def model_metadata(name: str, version: str | None = None) -> dict[str, Any]:
-        service.check_name(name, version)
-        return service.metadata()
 
-    @app.get(version_of_model + "/ready")
-    @app.get(model + "/ready")
-    async def model_ready(name: str, version: str | None = None) -> JSONResponse:
-        service.check_name(name, version)
-        return JSONResponse({"name": name, "ready": service.ready}, status_code=200 if service.ready else 503)
+async def _unknown(request: Request, error: Exception) -> Response:
+    """An unknown path, or a method that it does not have, in the form of all errors."""
+    assert isinstance(error, HTTPException)
+    answer = _json({"error": error.detail}, error.status_code)
+    answer.headers.update(error.headers or {})
+    return answer
 
-    @app.post(version_of_model + "/infer")
-    @app.post(model + "/infer")
-    async def infer(request: Request, name: str, version: str | None = None) -> Response:
-        service.check_name(name, version)
-        async with service.admitted():
-            body = await read_body(request, service.limits.max_upload_bytes)
+
+def _json(value: Any, status: int = 200) -> Response:
+    return Response(orjson.dumps(value), status, media_type="application/json")
+
+
+# ---- work ----
+
+
+def _infer(service: VisionService) -> Endpoint:
+    async def infer(request: Request) -> Response:
+        exchange: Exchange = request.scope[EXCHANGE]
+        model = exchange.model = _named(service, request)
+        limits = service.limits
+        service.set_deadline(request, exchange)
+        with service.admitted(exchange):
+            body = await read_body(request, limits.max_upload_bytes)
             header_length = request.headers.get(protocol.HEADER_LENGTH)
-            content, headers = await service.work(lambda: service.infer(body, header_length))
+
+            def parse() -> protocol.InferenceRequest:
+                return protocol.parse_request(
+                    body,
+                    header_length,
+                    image=model.image,
+                    logits=model.logits,
+                    max_images=limits.max_request_images,
+                )
+
+            small = header_length is not None or len(body) <= INLINE_BYTES
+            asked = parse() if small else await service.work(parse)
+            if asked.timeout_s is not None:
+                exchange.deadline = min(exchange.deadline, exchange.started + asked.timeout_s)
+            logits = await service.compute(request, exchange, asked.images)
+            content, headers = protocol.format_response(
+                asked, logits, model.logits, model.info.name, model.info.version
+            )
         return Response(content, headers=headers)
 
+    return infer
 
-def _add_error_handlers(app: FastAPI) -> None:
-    def answer(status: int, message: str) -> JSONResponse:
-        # an unread body would be taken for the next request on this connection
-        headers = {"Connection": "close"} if status in (408, 413, 503) else {}
-        return JSONResponse({"error": message}, status_code=status, headers=headers)
 
-    @app.exception_handler(RequestError)
-    async def request_error(request: Request, error: RequestError) -> JSONResponse:
-        return answer(error.status, error.message)
+def _classify(service: VisionService) -> Endpoint:
+    async def classify(request: Request) -> Response:
+        exchange: Exchange = request.scope[EXCHANGE]
+        model = exchange.model = service.model
+        limits = service.limits
+        service.set_deadline(request, exchange)
+        with service.admitted(exchange):
+            data = await extract_image(request, await read_body(request, limits.max_upload_bytes))
+            image = await service.work(
+                lambda: prepare_image(data, model.manifest.preprocessing, limits.max_pixels)
+            )
+            logits = await service.compute(request, exchange, image[np.newaxis])
+        return _json(classification(logits[0], model))
 
-    @app.exception_handler(HTTPException)
-    async def http_error(request: Request, error: HTTPException) -> JSONResponse:
-        return answer(error.status_code, str(error.detail))
+    return classify
 
-    @app.exception_handler(ClientDisconnect)
-    async def disconnected(request: Request, error: ClientDisconnect) -> JSONResponse:
-        return answer(400, "the client closed the connection before the body was complete")
 
-    @app.exception_handler(Exception)
-    async def bug(request: Request, error: Exception) -> JSONResponse:
-        logging.getLogger("trunkline.serving").error(
-            "%s %s failed", request.method, request.url.path, exc_info=error
-        )
-        return answer(500, "internal error; the server's log has the details")
+def classification(logits: np.ndarray[Any, Any], model: LoadedModel) -> dict[str, Any]:
+    """The answer of /v1/classify for one image's logits."""
+    probabilities = softmax(logits)
+    best = np.argsort(-probabilities, kind="stable")[:TOP_K]
+    top = [
+        {
+            "label": model.manifest.labels[index],
+            "index": int(index),
+            "confidence": float(probabilities[index]),
+        }
+        for index in best
+    ]
+    return {**top[0], "top": top, "model": model.identity()}
+
+
+# ---- questions ----
+
+
+def _named(service: VisionService, request: Request) -> LoadedModel:
+    return service.check_name(request.path_params["name"], request.path_params.get("version"))
+
+
+def _say(describe: Callable[[], dict[str, Any]]) -> Endpoint:
+    async def say(request: Request) -> Response:
+        return _json(describe())
+
+    return say
+
+
+def _about_model(service: VisionService, describe: Callable[[LoadedModel], dict[str, Any]]) -> Endpoint:
+    async def about_model(request: Request) -> Response:
+        return _json(describe(_named(service, request)))
+
+    return about_model
+
+
+def _ready(service: VisionService) -> Endpoint:
+    async def ready(request: Request) -> Response:
+        return _json({"ready": service.ready}, 200 if service.ready else 503)
+
+    return ready
+
+
+def _model_ready(service: VisionService) -> Endpoint:
+    async def model_ready(request: Request) -> Response:
+        name = _named(service, request).info.name
+        return _json({"name": name, "ready": service.ready}, 200 if service.ready else 503)
+
+    return model_ready
+
+
+def _metrics(service: VisionService) -> Endpoint:
+    async def metrics(request: Request) -> Response:
+        return Response(service.metrics.render(), headers={"Content-Type": CONTENT_TYPE})
+
+    return metrics

@@ -15,23 +15,25 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import numpy as np
+import orjson
 from numpy.typing import NDArray
 
 from flows.serving.package import TensorSpec
 
 SERVER_NAME = "trunkline-vision"
-EXTENSIONS = ["binary_tensor_data"]
+EXTENSIONS = ["binary_tensor_data", "statistics", "model_configuration"]
 HEADER_LENGTH = "Inference-Header-Content-Length"
 ONNX_PLATFORM = "onnxruntime_onnx"
 
 
 class RequestError(Exception):
-    """The client's mistake; answered with `status` and `{"error": message}`."""
+    """Why a request is not answered as asked: `status`, `headers` and `{"error": message}`."""
 
-    def __init__(self, status: int, message: str) -> None:
+    def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
+        self.headers = dict(headers or {})
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,11 @@ class InferenceRequest:
     id: str | None
     images: NDArray[np.float32]  # (n, 3, S, S)
     binary_output: bool
+    timeout_s: float | None  # what the client is ready to wait
 
 
 def parse_request(
-    body: bytes, header_length: str | None, *, image: TensorSpec, logits: TensorSpec, max_batch: int
+    body: bytes, header_length: str | None, *, image: TensorSpec, logits: TensorSpec, max_images: int
 ) -> InferenceRequest:
     """Check a body of `POST …/infer` against the model's only input and output.
 
@@ -60,31 +63,41 @@ def parse_request(
     identifier = request.get("id")
     if identifier is not None and not isinstance(identifier, str):
         _refuse("id must be a string")
-    default_binary = _flag(
-        _parameters(request, {"binary_data_output"}, "the request"), "binary_data_output", False
-    )
+    parameters = _parameters(request, {"binary_data_output", "timeout"}, "the request")
+    default_binary = _flag(parameters, "binary_data_output", False)
 
     inputs = request.get("inputs")
     if not isinstance(inputs, list) or len(inputs) != 1 or not isinstance(inputs[0], dict):
         _refuse(f"inputs must be a list with one tensor, named {image.name!r}")
-    images = _parse_tensor(inputs[0], binary, image, max_batch)
-    return InferenceRequest(identifier, images, _wants_binary(request.get("outputs"), logits, default_binary))
+    images = _parse_tensor(inputs[0], binary, image, max_images)
+    return InferenceRequest(
+        identifier,
+        images,
+        _wants_binary(request.get("outputs"), logits, default_binary),
+        _timeout_s(parameters),
+    )
 
 
 def format_response(
     request: InferenceRequest, logits: NDArray[np.float32], spec: TensorSpec, name: str, version: str
 ) -> tuple[bytes, dict[str, str]]:
-    """Body and headers of the answer, JSON or JSON followed by raw bytes as the request asked."""
+    """Body and headers of the answer, JSON or JSON followed by raw bytes as the request asked.
+
+    Raises:
+        RequestError: 422, the network overflowed: JSON cannot say so, and nobody can use it.
+    """
+    if not np.isfinite(logits).all():
+        raise RequestError(422, "the network's answer to these values is not finite")
     output: dict[str, Any] = {"name": spec.name, "datatype": spec.datatype, "shape": list(logits.shape)}
     answer: dict[str, Any] = {"model_name": name, "model_version": version, "outputs": [output]}
     if request.id is not None:
         answer["id"] = request.id
     if not request.binary_output:
-        output["data"] = logits.ravel().tolist()
-        return json.dumps(answer).encode(), {"Content-Type": "application/json"}
+        output["data"] = np.ascontiguousarray(logits).ravel()
+        return orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY), {"Content-Type": "application/json"}
     raw = logits.astype("<f4").tobytes()
     output["parameters"] = {"binary_data_size": len(raw)}
-    header = json.dumps(answer).encode()
+    header = orjson.dumps(answer)
     return header + raw, {"Content-Type": "application/octet-stream", HEADER_LENGTH: str(len(header))}
 
 
@@ -105,16 +118,25 @@ def _split(body: bytes, header_length: str | None) -> tuple[bytes, bytes | None]
 
 
 def _load(header: bytes) -> dict[str, Any]:
+    try:
+        request = orjson.loads(header)
+    except orjson.JSONDecodeError:
+        request = _load_slowly(header)
+    if not isinstance(request, dict):
+        _refuse("the body must be a JSON object")
+    return request
+
+
+def _load_slowly(header: bytes) -> Any:
+    """What the fast parser refuses: to say why, and to take integers of any length as JSON does."""
+
     def refuse_constant(text: str) -> NoReturn:
         _refuse(f"{text} is not a finite number")
 
     try:
-        request = json.loads(header, parse_constant=refuse_constant)
+        return json.loads(header, parse_constant=refuse_constant)
     except (ValueError, RecursionError):
         _refuse("the body is not valid JSON")
-    if not isinstance(request, dict):
-        _refuse("the body must be a JSON object")
-    return request
 
 
 def _known_keys(value: Mapping[str, Any], known: set[str], where: str) -> None:
@@ -138,15 +160,23 @@ def _flag(parameters: Mapping[str, Any], name: str, default: bool) -> bool:
     return value
 
 
+def _timeout_s(parameters: Mapping[str, Any]) -> float | None:
+    """Parameter `timeout` of Triton's clients: microseconds, 0 for none."""
+    value = parameters.get("timeout", 0)
+    if type(value) is not int or value < 0:
+        _refuse("parameter 'timeout' must be a number of microseconds, 0 or more")
+    return value / 1e6 if value else None
+
+
 def _parse_tensor(
-    tensor: dict[str, Any], binary: bytes | None, spec: TensorSpec, max_batch: int
+    tensor: dict[str, Any], binary: bytes | None, spec: TensorSpec, max_images: int
 ) -> NDArray[np.float32]:
     _known_keys(tensor, {"name", "shape", "datatype", "parameters", "data"}, "the input tensor")
     if tensor.get("name") != spec.name:
         _refuse(f"the input tensor must be named {spec.name!r}, got {_show(tensor.get('name'))}")
     if tensor.get("datatype") != spec.datatype:
         _refuse(f"datatype of {spec.name!r} must be {spec.datatype}, got {_show(tensor.get('datatype'))}")
-    shape = _check_shape(tensor.get("shape"), spec, max_batch)
+    shape = _check_shape(tensor.get("shape"), spec, max_images)
     parameters = _parameters(tensor, {"binary_data_size"}, f"tensor {spec.name!r}")
     if "binary_data_size" in parameters:
         if "data" in tensor:
@@ -161,14 +191,14 @@ def _parse_tensor(
     return values
 
 
-def _check_shape(shape: Any, spec: TensorSpec, max_batch: int) -> tuple[int, ...]:
+def _check_shape(shape: Any, spec: TensorSpec, max_images: int) -> tuple[int, ...]:
     expected = ", ".join("n" if size == -1 else str(size) for size in spec.shape)
     if not isinstance(shape, list) or any(type(size) is not int for size in shape):
         _refuse(f"shape of {spec.name!r} must be a list of integers [{expected}]")
     if len(shape) != len(spec.shape) or tuple(shape[1:]) != spec.shape[1:]:
         _refuse(f"shape of {spec.name!r} must be [{expected}], got {_show(shape)}")
-    if not 1 <= shape[0] <= max_batch:
-        _refuse(f"batch of {spec.name!r} must be from 1 to {max_batch}, got {shape[0]}")
+    if not 1 <= shape[0] <= max_images:
+        _refuse(f"batch of {spec.name!r} must be from 1 to {max_images}, got {shape[0]}")
     return tuple(shape)
 
 
@@ -198,7 +228,7 @@ def _from_bytes(size: Any, binary: bytes | None, shape: tuple[int, ...], name: s
         _refuse(f"binary_data_size of {name!r} must be {needed} for shape {list(shape)}, got {_show(size)}")
     if len(binary) != needed:
         _refuse(f"{len(binary)} bytes follow the JSON header, tensor {name!r} needs {needed}")
-    return np.frombuffer(binary, dtype="<f4").reshape(shape).astype(np.float32)
+    return np.frombuffer(binary, dtype="<f4").reshape(shape).astype(np.float32, copy=False)
 
 
 def _wants_binary(outputs: Any, spec: TensorSpec, default: bool) -> bool:

@@ -70,7 +70,10 @@ def test_the_graph_is_as_promised(exported: Exported) -> None:
         model = load_onnx(path)
         dimensions = model.graph.input[0].type.tensor_type.shape.dim
         assert [entry.version for entry in model.opset_import if entry.domain == ""] == [manifest.opset]
-        assert (model.graph.input[0].name, model.graph.output[0].name) == ("images", "logits")
+        assert [value.name for value in model.graph.input] == ["images"]
+        outputs = {value.name: value.type.tensor_type.shape.dim[-1].dim_value for value in model.graph.output}
+        assert outputs == {spec.name: spec.shape[1] for spec in manifest.outputs}
+        assert list(outputs) == ["logits", "features"]
         assert dimensions[0].dim_param == "batch"
         assert [entry.dim_value for entry in dimensions[1:]] == [3, 16, 16]
         assert read_metadata(model) == (manifest.preprocessing, manifest.labels)

@@ -105,7 +105,7 @@ def test_a_faithful_export_passes_and_leaves_a_report(
     assert {"speed_int8_over_fp32", "speed_fp32_over_pytorch"} <= set(metrics)
     for name in ("errors.png", "latency.png"):
         assert min(Image.open(paths.PARITY / name).size) > 300
-    assert capsys.readouterr().out.count(" ok") == 5
+    assert capsys.readouterr().out.count(" ok") == 6
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,21 @@ def test_every_batch_size_is_exact(exported: Exported, session: Session, batch: 
     np.testing.assert_allclose(session.run(images), expected, rtol=0, atol=5e-5)
 
 
+def test_all_outputs_are_those_of_the_network_and_logits_stay_the_same(
+    exported: Exported, session: Session
+) -> None:
+    model, _ = load_classifier(exported.root / paths.FINETUNE / "pretrained")
+    answers = session.run_all(exported.images)
+    assert list(answers) == ["logits", "features"]
+    np.testing.assert_array_equal(answers["logits"], session.run(exported.images))
+    with torch.inference_mode():
+        features = model.features(torch.from_numpy(exported.images))
+        np.testing.assert_allclose(answers["features"], features.numpy(), rtol=0, atol=5e-5)
+        # the head on the features gives the logits: they are what it reads, not a copy of something else
+        logits = model.head(torch.from_numpy(answers["features"])).numpy()
+    np.testing.assert_allclose(logits, answers["logits"], rtol=0, atol=5e-5)
+
+
 def test_an_image_does_not_depend_on_its_neighbours_even_in_int8(exported: Exported) -> None:
     quantized = open_session(exported.package.path("int8"), [CPU], threads=1)
     together = quantized.run(exported.images[:16])

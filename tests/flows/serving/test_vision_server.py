@@ -100,7 +100,7 @@ def test_an_occupied_port_is_one_clear_line(exported: Exported) -> None:
 def test_the_port_is_claimed_before_the_model_is_read(
     exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server, "ModelPackage", None)
+    monkeypatch.setattr(server, "load_model", None)
     with socket.create_server(("127.0.0.1", 0)) as holder:
         settings = exported.params.serve.model_copy(update={"port": holder.getsockname()[1]})
         with pytest.raises(ResourceError, match="already in use"):
