@@ -66,7 +66,7 @@ clean:
 	  artifacts/finetune artifacts/evaluate artifacts/export artifacts/parity artifacts/receipts artifacts/report.html
 
 help:
-	@sed -n 's/^# //p' Makefile
+	@sed -n '/^$$/q; s/^# //p' Makefile
 
 # pip's own message is the clearest about an index that cannot be reached; the Python version is checked by us
 $(VENV)/bin/python:

@@ -67,6 +67,9 @@ def sweep(
     if dry_run:
         print_plan(planned)
         return
+    from flows import workspace
+
+    workspace.require_writable()
     from flows.sweep import sweep as run_sweep
 
     signal.signal(signal.SIGTERM, _interrupt)
@@ -91,6 +94,7 @@ def workspace_checks(dataset: str, recipe: str, settings: list[str]) -> None:
     source = Path(place.params.ingest.source)
     if not (source if source.is_absolute() else place.root / source).exists():
         raise ConfigError(f"`ingest.source`: {source} does not exist")
+    workspace.require_writable()
 
 
 @serve_app.command("vision")

@@ -135,18 +135,18 @@ class Installation:
         return [sys.executable, "-m", "flows.cli", *arguments]
 
     def trunkline(self, *arguments: str, codes: tuple[int, ...] = (0,)) -> str:
-        """Run `trunkline …` to its end; its output."""
+        """Run `trunkline …` to its end; what it prints for the user."""
         answer = subprocess.run(
             self.command(*arguments),
             cwd=self.clone,
             env=self.environment,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            capture_output=True,
             text=True,
             timeout=PATIENCE_S,
         )
-        said = f"trunkline {' '.join(arguments)}: exit code {answer.returncode}\n{answer.stdout[-4000:]}"
+        told = f"{answer.stdout[-2000:]}\n{answer.stderr[-4000:]}"
+        said = f"trunkline {' '.join(arguments)}: exit code {answer.returncode}\n{told}"
         expect(answer.returncode in codes, said)
         return answer.stdout
 

@@ -1,5 +1,5 @@
-"""The examples of docs/cluster/ do what they say, as far as it can be tried without a cluster: their own lines
-start a training on two hosts, between stand-ins for srun, scontrol, ssh and dvc."""
+"""The examples of docs/cluster/ do what they say, as far as it can be tried without a cluster: their own
+lines start a training on two hosts, between stand-ins for srun, scontrol, ssh and dvc."""
 
 from __future__ import annotations
 
