@@ -17,7 +17,7 @@ from flows.following import Follower, Target, following
 from flows.params import Params, Serve
 from flows.registry import Version
 from flows.serving.package import ModelPackage
-from flows.serving.traffic import TrafficRecorder
+from flows.serving.traffic import TrafficRecorder, is_recorded
 from flows.serving.vision.model import Release
 from flows.serving.vision.service import VisionService
 
@@ -51,7 +51,9 @@ def serve_registered(
         return release(params, registry.version_of(params, found.name, target.version))
 
     first = release(params, found)
-    recorder = TrafficRecorder(paths.home(), params.monitor, open_served) if params.monitor.record else None
+    recorder = (
+        TrafficRecorder(paths.home(), params.monitor, open_served) if is_recorded(params.monitor) else None
+    )
     try:
         serve(
             first.folder,

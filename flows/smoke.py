@@ -23,6 +23,7 @@ from flows.errors import GateFailed
 from flows.params import Params
 from flows.ports import free_port
 from flows.registry import Version
+from flows.serving.traffic import SWITCH
 
 READY_S = 90.0
 STOP_S = 15.0
@@ -82,7 +83,12 @@ def server(root: Path, version: Version) -> Iterator[str]:
     command += ["--version", version.version, "--host", "127.0.0.1", "--port", str(port), "--variant", "fp32"]
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
-            command, cwd=root, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "NO_COLOR": "1"}
+            command,
+            cwd=root,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            # what is tried out here must not pass for traffic
+            env={**os.environ, "NO_COLOR": "1", SWITCH: "off"},
         )
         try:
             address = f"http://127.0.0.1:{port}"

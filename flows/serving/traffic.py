@@ -40,6 +40,8 @@ from flows.serving.session import FEATURES, LOGITS
 from flows.serving.statistics import PIXEL_STATISTICS, Projection, Records, describe, is_finite
 
 FORMAT = 1
+SWITCH = "TRUNKLINE_TRAFFIC"
+"""Environment variable; `off` keeps the requests of gates and tests from passing for traffic."""
 INTERVAL_S = 10.0  # between two interval lines; also what a crash loses of the counts
 BURST_S = 10.0  # so many seconds of `max_images_per_s` may be recorded at once
 NEW_FILE_S = 24 * 3600.0  # also the files of an idle server grow old and go
@@ -80,6 +82,10 @@ class TrafficHead:
 def traffic_folder(home: Path, model: str, version: str, digest: str) -> Path:
     """Where the servers of one version write; as `.trunkline/served`, named by version and content."""
     return home / ".trunkline" / "traffic" / model / f"{version}-{digest[:12]}"
+
+
+def is_recorded(settings: Monitor) -> bool:
+    return settings.record and os.environ.get(SWITCH) != "off"
 
 
 class TrafficRecorder:

@@ -344,6 +344,16 @@ def test_percentiles_are_right_to_five_per_cent(home: Path, exported: Exported, 
     assert latency_bucket(0.0) == latency_bucket(1e-9)  # a clock that did not move
 
 
+def test_a_server_that_is_only_tried_out_records_nothing(
+    settings: Monitor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(traffic.SWITCH, raising=False)
+    assert traffic.is_recorded(settings)
+    assert not traffic.is_recorded(settings.model_copy(update={"record": False}))
+    monkeypatch.setenv(traffic.SWITCH, "off")
+    assert not traffic.is_recorded(settings)
+
+
 @pytest.fixture(autouse=True)
 def no_thread_is_left() -> Iterator[None]:
     yield
