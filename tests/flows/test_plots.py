@@ -1,4 +1,4 @@
-"""flows/plots.py: what is drawn, that it is drawn reproducibly, and that no global state is touched."""
+"""flows/plots: what is drawn, that it is drawn reproducibly, and that no global state is touched."""
 
 from __future__ import annotations
 
