@@ -1,10 +1,11 @@
-"""The examples of docs/cluster/ do what they say, as far as it can be tried without a cluster: their own
-lines start a training on two hosts, between stand-ins for srun, scontrol, ssh and dvc."""
+"""The examples of docs/cluster/ do what they say, as far as it can be tried without a cluster: their lines
+start a training on two hosts, between stand-ins for srun, scontrol, ssh and dvc."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -48,10 +49,23 @@ def environment(clone: Path, commands: Path, **variables: str) -> dict[str, str]
     return {**own, "PATH": f"{commands}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
 
-def run(command: list[str], clone: Path, variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command, cwd=clone, env=variables, capture_output=True, text=True, timeout=PATIENCE_S
+def run(command: list[str], clone: Path, variables: dict[str, str]) -> tuple[int, str]:
+    """Exit code and output."""
+    process = subprocess.Popen(
+        command,
+        cwd=clone,
+        env=variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
+    try:
+        output, _ = process.communicate(timeout=PATIENCE_S)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, output
 
 
 def assert_trained_by_two(clone: Path, output: str) -> None:
@@ -75,33 +89,44 @@ def test_the_slurm_script_trains_on_two_nodes_and_tells_dvc(
         commands,
         "srun",
         "while [[ $1 == --* ]]; do shift; done",
-        f"SLURM_NODEID=0 {on(hosts[0], chr(34) + '$@' + chr(34))} & first=$!",
-        f"SLURM_NODEID=1 {on(hosts[1], chr(34) + '$@' + chr(34))} & second=$!",
-        "wait $first; a=$?; wait $second; b=$?; exit $((a > b ? a : b))",
+        f"SLURM_NODEID=0 {on(hosts[0], chr(34) + '$@' + chr(34))} & one=$!",
+        f"SLURM_NODEID=1 {on(hosts[1], chr(34) + '$@' + chr(34))} & two=$!",
+        "wait $one; a=$?; wait $two; b=$?; exit $((a > b ? a : b))",
     )
     variables = environment(
         clone, commands, SLURM_JOB_ID="4711", SLURM_JOB_NODELIST="host[0-1]", SLURM_NNODES="2"
     )
-    answer = run([str(EXAMPLES / "slurm.sh")], clone, variables)
-    assert answer.returncode == 0, answer.stdout + answer.stderr
-    assert_trained_by_two(clone, answer.stdout + answer.stderr)
+    code, output = run([str(EXAMPLES / "slurm.sh")], clone, variables)
+    assert code == 0, output
+    assert_trained_by_two(clone, output)
     assert (tmp_path / "dvc").read_text() == "commit --force pretrain\n"
 
 
-def test_the_ssh_script_trains_on_all_machines_of_its_list(
-    clone: Path, hosts: list[Host], tmp_path: Path
-) -> None:
+def test_the_ssh_script_starts_its_part_on_every_machine_of_the_list(tmp_path: Path) -> None:
+    clone = tmp_path / "a clone"
+    clone.mkdir()
     commands = tmp_path / "bin"
-    names = {host.address: host.name for host in hosts}
-    cases = " ".join(f"{address}) name={name};;" for address, name in names.items())
-    stand_in(commands, "ssh", f"case $1 in {cases} esac", 'ip netns exec $name bash -c "$2"')
-    (tmp_path / "hosts.txt").write_text("# name processes\n" + "".join(f"{a} 1\n" for a in names))
-    variables = environment(clone, commands, SSH="ssh", PYTHON=sys.executable)
+    stand_in(commands, "ssh", 'bash -c "$2" | sed "s/^/$1: /"; exit ${PIPESTATUS[0]}')
+    stand_in(
+        commands,
+        "python3",
+        f'echo "$PWD|$TRUNKLINE_TORCHRUN|$*"; exit $(cat {tmp_path}/code 2> /dev/null || echo 0)',
+    )
+    (tmp_path / "hosts.txt").write_text("# name processes\nnode-a 2\n\nnode-b 1\n")
+    variables = environment(clone, commands, SSH="ssh", PYTHON="python3", PORT="29555")
     script = str(EXAMPLES / "hosts.sh")
-    answer = run([script, str(tmp_path / "hosts.txt"), "pretrain"], clone, variables)
-    assert answer.returncode == 0, answer.stdout + answer.stderr
-    assert_trained_by_two(clone, answer.stdout + answer.stderr)
-    assert run([script], clone, variables).returncode == 64
+    code, output = run(
+        [script, str(tmp_path / "hosts.txt"), "finetune", "--cell", "scratch"], clone, variables
+    )
+    assert code == 0, output
+    assert sorted(output.splitlines()) == [
+        f"node-{name}: {clone}|--nnodes 2 --node-rank {rank} --nproc-per-node {count} --master-addr node-a "
+        "--master-port 29555|-m flows.launch finetune --cell scratch"
+        for rank, (name, count) in enumerate((("a", 2), ("b", 1)))
+    ]
+    (tmp_path / "code").write_text("12")
+    assert run([script, str(tmp_path / "hosts.txt"), "pretrain"], clone, variables)[0] == 12
+    assert run([script], clone, variables)[0] == 64
 
 
 def test_the_kubernetes_job_is_valid_and_its_command_trains(clone: Path, hosts: list[Host]) -> None:
