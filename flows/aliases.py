@@ -147,7 +147,7 @@ def repair(params: Params, name: str) -> str | None:
     return f"{began}, and somebody has made version {now or 'none'} champion since; it is given up"
 
 
-def rollback(params: Params, name: str) -> Entry:
+def rollback(params: Params, name: str, why: str = "asked for by a person") -> Entry:
     """`champion` back to `previous`, whose files are verified first; the version left is not promoted again
     by itself, and `previous` is removed, so that a second rollback does not bring it back.
 
@@ -163,7 +163,7 @@ def rollback(params: Params, name: str) -> Entry:
         if target is None:
             raise DataError(_no_previous(params, name, champion))
         _verify_files(params, target)
-        entry = describe("rollback", champion, target, "asked for by a person", previous=target.version)
+        entry = describe("rollback", champion, target, why, previous=target.version)
         move(params, entry)
     return entry
 

@@ -47,6 +47,8 @@ from flows.serving.reference import Reference, read_reference  # noqa: E402
 from flows.serving.statistics import Records  # noqa: E402
 from flows.serving.traffic import Window, read_window, traffic_folder  # noqa: E402
 
+environment.hide_traces_of_mistakes()
+
 ALARM, DEGRADED = "trunkline.monitor.alarm", "trunkline.monitor.degraded"
 CHAMPION = "champion"
 HISTORY_LINES = 24 * 7  # one week of hourly reports

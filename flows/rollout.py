@@ -23,14 +23,14 @@ from prefect import flow, get_run_logger, task  # noqa: E402  # Prefect reads it
 from prefect.artifacts import create_table_artifact  # noqa: E402
 from prefect.cache_policies import NO_CACHE  # noqa: E402
 
+from flows import aliases, serve  # noqa: E402
 from flows import params as parameters  # noqa: E402
-from flows import registry, serve  # noqa: E402
 from flows.errors import ConfigError, DataError, GateFailed  # noqa: E402
 from flows.params import Params, Rollout  # noqa: E402
-from flows.registry import Version  # noqa: E402
+from flows.registry import CHAMPION, Version  # noqa: E402
 from flows.serving.golden import Golden, compare, read_golden  # noqa: E402
 
-CHAMPION, PREVIOUS = "champion", "previous"
+environment.hide_traces_of_mistakes()
 
 
 @dataclass(frozen=True)
@@ -204,14 +204,7 @@ def ask_golden(client: httpx.Client, expected: Expected) -> str:
 def roll_back(params: Params, name: str) -> str:
     """Move the champion back; one sentence about what happened, also when it could not be done."""
     try:
-        return rollback_alias(params, name)
+        entry = aliases.rollback(params, name, "a server did not take the champion up")
     except Exception as error:  # the failed rollout is the news, not this
         return f"the alias could not be moved back: {error}"
-
-
-def rollback_alias(params: Params, name: str) -> str:
-    previous = registry.alias(params, name, PREVIOUS)
-    if previous is None:
-        raise DataError(f"{name} has no previous champion")
-    registry.set_alias(params, name, CHAMPION, previous.version)
-    return f"champion is version {previous.version} again"
+    return f"champion is version {entry.to_version} again"

@@ -16,8 +16,7 @@ from typing import Any
 import httpx
 import pytest
 from releases import make_releases
-from serving_workspace import ROOT, Exported
-from tiny_clone import change_params
+from serving_workspace import ROOT, Exported, write_params
 
 from flows import registry, rollout, tracking
 from flows.errors import ConfigError, DataError, GateFailed
@@ -26,6 +25,14 @@ from flows.ports import free_port
 from flows.serving.vision.model import Release
 
 NAME = "digits"
+SETTINGS: dict[str, Any] = {
+    "serve.port": 0,
+    "serve.threads": 1,
+    "serve.poll_s": 0.1,
+    "serve.retry_s": 1000.0,
+    "rollout.wait_s": 60.0,
+    "rollout.poll_s": 0.1,
+}
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +43,7 @@ def releases(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> di
 @pytest.fixture
 def registered(home: Path, exported: Exported, releases: dict[str, Release]) -> Params:
     """Versions 1 and 2 are good, 3 is refused by servers for its golden requests; 1 is champion."""
-    settings = change_params(
-        home,
-        {
-            "serve.port": 0, "serve.threads": 1, "serve.poll_s": 0.1, "serve.retry_s": 1000.0,
-            "rollout.wait_s": 60.0, "rollout.poll_s": 0.1,
-        },
-    )  # fmt: skip
+    settings = write_params(home, SETTINGS)
     with tracking.pipeline_run(settings, "test", {}) as run:
         for key in ("1", "2", "golden mismatch"):
             release = releases[key]
@@ -103,7 +104,7 @@ def test_servers_follow_the_champion_and_the_flow_sees_it(
 
         registry.set_alias(registered, NAME, "previous", "2")
         registry.set_alias(registered, NAME, "champion", "3")
-        change_params(home, {"rollout.rollback_on_failure": "true"})
+        write_params(home, SETTINGS | {"rollout.rollback_on_failure": True})
         with pytest.raises(GateFailed, match=f"{address}: serves version 2 .*it refused the new one.*golden"):
             watch(address)
         champion = registry.alias(registered, NAME, "champion")
@@ -136,7 +137,7 @@ def test_a_fixed_version_does_not_follow_and_is_found_at_once(
 
 
 def test_a_server_that_is_away_is_named(home: Path, watch: Callable[..., Any]) -> None:
-    change_params(home, {"rollout.wait_s": 0.2})
+    write_params(home, SETTINGS | {"rollout.wait_s": 0.2})
     address = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(GateFailed, match=f"{address}: cannot be reached"):
         watch(address)

@@ -7,13 +7,14 @@ import logging
 import re
 import time
 import uuid
+from datetime import UTC, datetime
 
 import orjson
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flows.serving.vision.protocol import RequestError
-from flows.serving.vision.service import Exchange, VisionService, utc
+from flows.serving.vision.service import Exchange, VisionService
 
 EXCHANGE = "trunkline.exchange"
 """Key of the `Exchange` in the ASGI scope."""
@@ -87,7 +88,7 @@ class Gateway:
         client = scope.get("client")
         self.service.access_log.write(
             {
-                "time": utc(time.time()),
+                "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
                 "request_id": exchange.id,
                 "client": client[0] if client else None,
                 "method": scope["method"],

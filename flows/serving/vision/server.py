@@ -68,7 +68,7 @@ def serve(
         DataError: the package is damaged, not the one that was asked for, or fails its golden requests.
     """
     # what Pillow remarks on damaged uploads would fill the log; what it cannot read is answered with 4xx
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     with listening_socket(settings.host, settings.port) as listener:
         release = Release(folder, version, git_commit, name, digest)
         model = load_model(release, settings, max_pixels)
