@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -19,6 +20,7 @@ from flows.promotion_log import Entry
 from flows.registry import CHALLENGER, CHAMPION, PREVIOUS, Version
 
 LOG_LINES = 8
+REASON_LETTERS = 120  # of a line of the log on a terminal; --json has all
 
 
 def read_status(params: Params, name: str) -> dict[str, Any]:
@@ -145,7 +147,7 @@ def _print_log(console: Console, log: list[Entry]) -> None:
     for entry in log:
         arrow = f"{entry.from_version or 'none'} → {entry.to_version}"
         what = f"{entry.action} {arrow}" if entry.action != "refused" else f"refused {entry.to_version}"
-        table.add_row(_moment(entry.time), what, entry.by, entry.reason)
+        table.add_row(_moment(entry.time), what, entry.by, textwrap.shorten(entry.reason, REASON_LETTERS))
     console.print(table)
 
 
