@@ -154,8 +154,10 @@ def train(job: Job[Any], processes: Processes, checkpoints: Checkpoints) -> Resu
         if stop or is_last or state.step % settings.checkpoint_every == 0:
             state.loss_sum, state.processes = processes.sum([float(loss_sum)])[0], processes.world_size
             _check_finite(state.loss_sum, job, step)
+            probe = _without_gradients(engine, job.probe)
+            _check_finite(probe, job, step)  # the last step's loss was that of the weights before it
             state.device_seconds = spent_before + total.elapsed() * processes.world_size
-            path = checkpoints.save(engine, state.step, vars(state), _without_gradients(engine, job.probe))
+            path = checkpoints.save(engine, state.step, vars(state), probe)
         if stop:
             progress.close()
             raise Interrupted(
