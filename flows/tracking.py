@@ -63,7 +63,7 @@ class Run:
 
 
 class MlflowRun(Run):
-    """A run in the tracking store. What is logged goes to disk and is sent in the background (flows.spool), so
+    """A run in the tracking store. What is logged goes to disk and is sent in the background (flows.spool):
     neither a slow nor an absent store holds up the work.
 
     `run_id` begins with `PENDING` until the store has been reached to make the run; the rest is its tag
