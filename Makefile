@@ -1,7 +1,9 @@
 # make run            the whole pipeline on real images, with embedded services
 # make test           all tests
+# make scenario       a night of operations with real servers, in a temporary clone
 # make lint           format, style, types, import directions
 # make up             servers, deployments and a worker in the background: schedules run     make down   ends them
+# make sweep          many settings, several at once: FILE=name in recipes/sweeps or path
 # make ui             Prefect and MLflow pages of what ran      make serve   the champion over HTTP
 # Variables of run: DATASET=digits|cifar10|path/to/folder  RECIPE=name  SET="key=value key=value"
 
@@ -17,13 +19,19 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export PREFECT_HOME ?= $(CURDIR)/.prefect
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: run test lint format up down ui serve report bench clean help
+.PHONY: run sweep scenario test lint format up down ui serve report bench clean help
 
 run: $(VENV)/.installed
 	@$(BIN)/trunkline run $(if $(DATASET),--dataset "$(DATASET)") $(if $(RECIPE),--recipe "$(RECIPE)") $(foreach s,$(SET),--set "$(s)")
 
+sweep: $(VENV)/.installed
+	@$(BIN)/trunkline sweep "$(or $(FILE),learning_rates)"
+
 test: $(VENV)/.installed-test
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+scenario: $(VENV)/.installed-test
+	@$(BIN)/python tests/operations_scenario.py
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff format --check .
@@ -58,7 +66,7 @@ clean:
 	  artifacts/finetune artifacts/evaluate artifacts/export artifacts/parity artifacts/receipts artifacts/report.html
 
 help:
-	@sed -n 's/^# //p' Makefile
+	@sed -n '/^$$/q; s/^# //p' Makefile
 
 # pip's own message is the clearest about an index that cannot be reached; the Python version is checked by us
 $(VENV)/bin/python:

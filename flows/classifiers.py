@@ -34,6 +34,7 @@ class ClassifierConfig:
     classes: tuple[str, ...]
     preprocessing: Preprocessing
     data_digest: str  # digest of the data set's manifest
+    start_sha256: str  # of the weights that training started from; empty: random weights
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -42,6 +43,7 @@ class ClassifierConfig:
             "classes": list(self.classes),
             "preprocessing": self.preprocessing.to_dict(),
             "data_digest": self.data_digest,
+            "start_sha256": self.start_sha256,
         }
 
     @classmethod
@@ -57,6 +59,7 @@ class ClassifierConfig:
             classes=tuple(value["classes"]),
             preprocessing=Preprocessing.from_dict(value["preprocessing"]),
             data_digest=value["data_digest"],
+            start_sha256=value["start_sha256"],
         )
 
 

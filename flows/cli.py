@@ -5,6 +5,7 @@ Heavy packages are imported inside the commands, so that `trunkline --help` answ
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -15,7 +16,7 @@ import typer
 
 from flows import environment, params, paths
 from flows import services as background
-from flows.errors import ConfigError, Interrupted, TrunklineError, explain
+from flows.errors import ConfigError, GateFailed, Interrupted, TrunklineError, explain
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 serve_app = typer.Typer(no_args_is_help=True, help="Serve a registered model.")
@@ -66,6 +67,9 @@ def sweep(
     if dry_run:
         print_plan(planned)
         return
+    from flows import workspace
+
+    workspace.require_writable()
     from flows.sweep import sweep as run_sweep
 
     signal.signal(signal.SIGTERM, _interrupt)
@@ -90,6 +94,7 @@ def workspace_checks(dataset: str, recipe: str, settings: list[str]) -> None:
     source = Path(place.params.ingest.source)
     if not (source if source.is_absolute() else place.root / source).exists():
         raise ConfigError(f"`ingest.source`: {source} does not exist")
+    workspace.require_writable()
 
 
 @serve_app.command("vision")
@@ -109,6 +114,132 @@ def serve_vision(
     given = {"host": host, "port": port if port >= 0 else "", "variant": variant}
     overrides = {key: value for key, value in given.items() if value != ""}
     serve_registered(params.load(), model, alias, version, overrides)
+
+
+ModelName = Annotated[str, typer.Option(help="registered model; empty: the one of params.yaml's data set")]
+
+
+@app.command()
+def promote(
+    model: ModelName = "",
+    version: Annotated[str, typer.Option(help="its number; empty: the challenger")] = "",
+    again: Annotated[bool, typer.Option("--again", help="also when it was rolled back before")] = False,
+) -> None:
+    """Try a registered version: every gate passed makes it champion; refused, the exit code is 10."""
+    paths.workspace()
+    from flows.live import print_gates
+    from flows.promotion import promotion
+
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        made = promotion(model=model, version=version, again=again)
+    except KeyboardInterrupt:
+        raise Interrupted("stopped; the same command starts again") from None
+    if made.get("gates"):
+        print_gates(made["gates"])
+    if made["refused"]:
+        live = f"champion stays version {made['champion']}" if made["champion"] else "there is no champion"
+        raise GateFailed(f"version {made['version']} of {made['name']} is refused; {live}: {made['reason']}")
+    if not made["version"]:
+        print(made["reason"])
+    else:
+        print(f"version {made['version']} of {made['name']} is champion: {made['reason']}")
+
+
+@app.command()
+def rollback(model: ModelName = "") -> None:
+    """Make the previous champion champion again, at once and without gates."""
+    from flows import aliases
+    from flows.serve import dataset_name
+
+    checked = params.load()
+    made = aliases.rollback(checked, model or checked.registered_model(dataset_name(checked)))
+    print(
+        f"champion of {made.model} is version {made.to_version} again, instead of {made.from_version}. "
+        "There is no previous version now: a second rollback is refused and does not go forward. "
+        f"Version {made.from_version} comes back only with: "
+        f"trunkline promote --model {made.model} --version {made.from_version} --again"
+    )
+
+
+@app.command()
+def status(
+    model: ModelName = "",
+    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+) -> None:
+    """Say what is live, since when, why, and from which data and commit."""
+    from flows.live import print_status, read_status
+    from flows.serve import dataset_name
+
+    checked = params.load()
+    found = read_status(checked, model or checked.registered_model(dataset_name(checked)))
+    if as_json:
+        print(json.dumps(found, indent=2, ensure_ascii=False))
+    else:
+        print_status(found)
+
+
+@app.command()
+def monitor(
+    model: Annotated[
+        str, typer.Option(help="registered model; empty: the one of params.yaml's data set")
+    ] = "",
+    hours: Annotated[float, typer.Option(help="length of the window up to now; 0: params.yaml")] = 0.0,
+) -> None:
+    """Judge the served traffic: drift, latency, errors; an alarm can start the pipeline."""
+    params.load()
+    from flows.monitor import monitor as flow
+
+    summary = flow(model=model, hours=hours)
+    print(summary["verdict"])
+    for text in summary["reasons"]:
+        print(f"  {text}")
+    for text in summary["unjudged"]:
+        print(f"  not judged: {text}")
+    if "report" in summary:
+        print(f"{summary['action']}\n{summary['report']}")
+
+
+@app.command()
+def rollout(
+    model: Annotated[
+        str, typer.Option(help="registered model; empty: the one of params.yaml's data set")
+    ] = "",
+    server: Annotated[
+        list[str], typer.Option(help="URL of a server, may be repeated; none: rollout.servers")
+    ] = [],  # noqa: B006
+) -> None:
+    """Wait until all servers serve the champion, and compare their answers with the recorded ones."""
+    from flows.rollout import chosen_servers
+    from flows.rollout import rollout as flow
+
+    # a mistake is found before a Prefect server is started for the flow
+    urls = chosen_servers(params.load(), server or None)
+    for check in flow(model=model, servers=urls)["servers"]:
+        print(f"{check['server']}: version {check['version']}, {check['reason']} ({check['seconds']:g} s)")
+
+
+@app.command()
+def trace(
+    digest: Annotated[
+        str, typer.Argument(help="at least 6 digits: as /healthz shows it, or of any file of the chain")
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+) -> None:
+    """Follow a digest from the served model to the raw files, verifying every link; broken, the exit code is
+    10."""
+    from flows import custody
+    from flows.custody_page import print_trace
+
+    found = custody.trace(params.load(), digest)
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=2, ensure_ascii=False))
+    else:
+        print_trace(found)
+    if found.broken:
+        raise GateFailed(
+            f"the chain of custody is broken at: {', '.join(link.name for link in found.broken)}"
+        )
 
 
 @app.command()

@@ -53,8 +53,8 @@ class Interrupted(TrunklineError):
 
 
 class PeerLost(Interrupted):
-    """Another of several training processes ended, which broke off this one; the other one's message says
-    why."""
+    """Another of several training processes ended or cannot be reached, which broke off this one. If it ran
+    on this machine, its message says why and this one is not shown."""
 
 
 RETRYABLE_EXIT_CODES = frozenset({137, 75})
@@ -63,11 +63,18 @@ RETRYABLE_EXIT_CODES = frozenset({137, 75})
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FULL_IN_WORDS = ("No space left on device", "database or disk is full")
-_LOST_CONNECTION = (
+_LOST_CONNECTION = (  # gloo's words, nccl's, torch's store's
     "Connection closed by peer",
     "Connection reset by peer",
-    "Broken pipe",
     "Connection refused",
+    "Connection timed out",
+    "Broken pipe",
+    "No route to host",
+    "Network is unreachable",
+    "Timed out waiting",
+    "NCCL error: remote process exited",
+    "client socket has failed to connect",
+    "client socket has timed out",
 )
 
 
@@ -92,7 +99,8 @@ def explain(error: BaseException) -> TrunklineError | None:
             return explain_os_error(OSError(errno.ENOSPC, text))
         if isinstance(cause, RuntimeError) and any(words in text for words in _LOST_CONNECTION):
             return PeerLost(
-                "another process of this training ended; the same command continues from its checkpoint"
+                "a training process on another machine ended or cannot be reached; start the same command on "
+                "all machines again, it continues from the last checkpoint"
             )
         cause = cause.__cause__ or cause.__context__
     return None

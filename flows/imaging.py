@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """What is decoded. Pillow knows more, some of it by starting other programs (EPS)."""
@@ -62,6 +62,9 @@ def decode(data: bytes, *, max_pixels: int) -> Image.Image:
             image.load()
     except ImageError:
         raise
+    except UnidentifiedImageError as error:
+        # Pillow's own words name a memory address: another one, and so another output of ingest, each time
+        raise ImageError("not a readable image: no known format") from error
     except Exception as error:  # Pillow's plugins raise nearly anything on damaged input
         raise ImageError(f"not a readable image: {str(error) or type(error).__name__}"[:200]) from error
     return _to_rgb(ImageOps.exif_transpose(image))

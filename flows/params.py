@@ -122,6 +122,14 @@ class Training(Section):
         return self
 
 
+class Distributed(Section):
+    """How long processes on several machines wait for one another; no influence on the result."""
+
+    rendezvous_timeout_s: Annotated[int, Field(ge=10)]
+    peer_timeout_s: Annotated[int, Field(ge=5)]
+    collective_timeout_s: Annotated[int, Field(ge=60)]
+
+
 class Pretrain(Section):
     subset: Percentage
     mask_unit: Positive
@@ -164,6 +172,8 @@ class Export(Section):
     opset: Annotated[int, Field(ge=18, le=25)]
     int8_calibration_images: Positive
     dynamic_batch_max: Annotated[int, Field(ge=2)]
+    reference_images: Positive
+    embedding_dims: Annotated[int, Field(ge=1, le=256)]
 
 
 class Parity(Section):
@@ -181,9 +191,39 @@ class Parity(Section):
 
 class Registry(Section):
     model_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.{}-]+$")]
-    min_test_top1: Fraction
+
+
+class Promotion(Section):
+    """The gates between challenger and champion."""
+
+    require_clean_tree: bool
+    min_top1: Fraction
+    min_class_recall: Fraction
+    max_class_drop: Fraction
     min_gain: Annotated[float, Field(ge=-1.0, le=1.0)]
-    require_parity: bool
+    gain_rule: Literal["point", "lower"]
+    resamples: Annotated[int, Field(ge=100)]
+    confidence: OpenFraction
+    golden_requests: Positive
+    latency_batch_sizes: Annotated[list[Positive], Field(min_length=1)]
+    latency_runs: Positive
+    max_p95_ms: list[Annotated[float, Field(gt=0.0)]]
+    max_memory_mb: Annotated[float, Field(gt=0.0)]
+    max_size_mb: Annotated[float, Field(gt=0.0)]
+    require_approval: bool
+    approval_timeout_s: Positive
+
+    @model_validator(mode="after")
+    def _a_limit_per_batch_size(self) -> Self:
+        sizes = self.latency_batch_sizes
+        if sizes != sorted(set(sizes)):
+            raise ValueError(f"latency_batch_sizes must ascend without repetition, got {sizes}")
+        if len(self.max_p95_ms) != len(sizes):
+            raise ValueError(
+                f"max_p95_ms has {len(self.max_p95_ms)} limits for {len(sizes)} latency_batch_sizes; "
+                "give one for each"
+            )
+        return self
 
 
 class Serve(Section):
@@ -206,6 +246,8 @@ class Serve(Section):
     access_log_files: Count
     golden_tolerance: Fraction
     golden_int8_agreement: Fraction
+    poll_s: Annotated[float, Field(gt=0.0)]
+    retry_s: Annotated[float, Field(gt=0.0)]
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -218,6 +260,48 @@ class Serve(Section):
             raise ValueError(
                 f"timeout_ms {self.timeout_ms} must not exceed max_timeout_ms {self.max_timeout_ms}"
             )
+        return self
+
+
+class Placement(Section):
+    max_latency_ms: Annotated[float, Field(gt=0.0)]
+    max_memory_mb: Annotated[float, Field(gt=0.0)]
+    max_wait_ms: NonNegative
+
+
+class Rollout(Section):
+    servers: list[Annotated[str, Field(pattern=r"^https?://[^/\s]+/?$")]]
+    wait_s: NonNegative
+    poll_s: Annotated[float, Field(gt=0.0)]
+    request_s: Annotated[float, Field(gt=0.0)]
+    rollback_on_failure: bool
+
+
+class Monitor(Section):
+    record: bool
+    sample_fraction: Annotated[float, Field(gt=0.0, le=1.0)]
+    max_images_per_s: Annotated[float, Field(gt=0.0)]
+    file_mb: Positive
+    max_mb: Positive
+    keep_days: Positive
+    hours: Annotated[float, Field(gt=0.0)]
+    min_images: Annotated[int, Field(ge=2)]
+    min_requests: Positive
+    alpha: OpenFraction
+    min_effect: Fraction
+    families: Annotated[
+        list[Literal["embedding", "pixels", "predictions", "confidence"]], Field(min_length=1)
+    ]
+    max_p95_ms: Annotated[float, Field(gt=0.0)]
+    max_error_fraction: Fraction
+    cooldown_hours: NonNegative
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.max_mb < 2 * self.file_mb:
+            raise ValueError(f"max_mb {self.max_mb} must be at least twice file_mb {self.file_mb}")
+        if len(set(self.families)) != len(self.families):
+            raise ValueError(f"families must not repeat, got {self.families}")
         return self
 
 
@@ -268,13 +352,18 @@ class Params(Section):
     scale: Scale
     model: Model
     loader: Loader
+    distributed: Distributed
     pretrain: Pretrain
     finetune: Finetune
     evaluate: Evaluate
     export: Export
     parity: Parity
     registry: Registry
+    promotion: Promotion
     serve: Serve
+    placement: Placement
+    rollout: Rollout
+    monitor: Monitor
     tracking: Tracking
     services: Services
     pipeline: Pipeline
@@ -320,6 +409,8 @@ def read(path: Path) -> dict[str, Any]:
         value = yaml.safe_load(path.read_text())
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path} is a folder, not a file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if value is None:

@@ -23,10 +23,11 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact  #
 from prefect.cache_policies import NO_CACHE  # noqa: E402
 from prefect.client.schemas import State  # noqa: E402
 from prefect.context import FlowRunContext  # noqa: E402
+from prefect.events import emit_event  # noqa: E402
 from prefect.futures import PrefectFuture  # noqa: E402
 from prefect.task_runners import ThreadPoolTaskRunner  # noqa: E402
 
-from flows import dvc_stage, files, paths, promotion, smoke, tracking, workspace  # noqa: E402
+from flows import dvc_stage, files, paths, promotion, registration, registry, smoke, tracking, workspace  # noqa: E402
 from flows.dvc_stage import StageFailed, StageInfo  # noqa: E402
 from flows.params import Params, flatten  # noqa: E402
 from flows.registry import Version  # noqa: E402
@@ -34,7 +35,7 @@ from flows.report import build_report  # noqa: E402
 from flows.tracking import MlflowRun  # noqa: E402
 
 environment.hide_traces_of_mistakes()
-
+REGISTERED_EVENT = "trunkline.challenger.registered"
 LABELS_NEEDED = ("finetune", "evaluate", "export", "parity")
 _stopping = threading.Event()
 
@@ -76,18 +77,7 @@ def run_stage(
 @task(cache_policy=NO_CACHE, persist_result=False)
 def register(params: Params, root: Path, run: MlflowRun) -> Version:
     """Register the export as challenger."""
-    return promotion.register_export(params, root, run)
-
-
-@task(cache_policy=NO_CACHE, persist_result=False)
-def promote(params: Params, root: Path, version: Version) -> promotion.Decision:
-    """Check the gates and move the champion alias if all pass."""
-    decision = promotion.decide(params, root, version)
-    if decision.gates:
-        create_table_artifact(
-            [asdict(gate) for gate in decision.gates], key="gates", description="Promotion gates"
-        )
-    return decision
+    return registration.register_export(params, root, run)
 
 
 @task(cache_policy=NO_CACHE, persist_result=False, name="smoke test")
@@ -105,8 +95,15 @@ def report(params: Params, root: Path, run: MlflowRun, extra: dict[str, Any]) ->
 
 
 @flow(name="pipeline", persist_result=False, log_prints=False)
-def pipeline(dataset: str = "", recipe: str = "", settings: list[str] | None = None) -> dict[str, Any]:
-    """Raw images in, a served model out. The arguments select and override params as `trunkline run` does.
+def pipeline(
+    dataset: str = "", recipe: str = "", settings: list[str] | None = None, promote: bool = True
+) -> dict[str, Any]:
+    """Raw images in, a served model out. The first arguments select and override params as `trunkline run`
+    does.
+
+    Args:
+        promote: call the promotion flow; else the event `trunkline.challenger.registered` is sent, which a
+            deployment of that flow can be triggered by.
 
     Returns:
         A JSON-able summary: stages with status and seconds, metrics, version, aliases, paths.
@@ -129,7 +126,7 @@ def pipeline(dataset: str = "", recipe: str = "", settings: list[str] | None = N
         except BaseException:
             tracking.close_abandoned_runs(params, run.run_id)
             raise
-        summary = _deliver(params, root, run, outcomes)
+        summary = _deliver(params, root, run, outcomes, promote)
         summary["seconds"] = time.monotonic() - started
         _log_outcome(run, root, summary)
     create_markdown_artifact(_markdown(summary), key="summary", description="What this run made")
@@ -191,7 +188,9 @@ def _stop_children() -> None:
             dvc_stage.terminate_tree(child.pid)
 
 
-def _deliver(params: Params, root: Path, run: MlflowRun, outcomes: list[dict[str, Any]]) -> dict[str, Any]:
+def _deliver(
+    params: Params, root: Path, run: MlflowRun, outcomes: list[dict[str, Any]], promote: bool
+) -> dict[str, Any]:
     """Everything with an effect outside the workspace; the report last, because it tells of the rest."""
     summary: dict[str, Any] = {
         "workspace": str(root),
@@ -213,22 +212,35 @@ def _deliver(params: Params, root: Path, run: MlflowRun, outcomes: list[dict[str
     }
     if any(outcome["stage"] == "parity" for outcome in outcomes):
         version = register(params, root, run)
-        decision = promote(params, root, version)
-        tested = smoke_test(params, root, decision.version)
-        summary["smoke"] = asdict(tested)
-        summary["registry"] = {
-            "name": version.name,
-            "version": version.version,
-            "aliases": list(decision.version.aliases),
-            "promoted": decision.promoted,
-            "champion": decision.champion.version if decision.champion else None,
-            "gates": [asdict(gate) for gate in decision.gates],
-            "digest": version.tags["onnx.digest"],
-        }
+        summary["registry"] = _promote(version) if promote else _announce(version)
+        summary["smoke"] = asdict(smoke_test(params, root, version))
         extra["registry"] = summary["registry"]
         extra["smoke"] = summary["smoke"]
     summary["report"] = str(report(params, root, run, extra))
     return summary
+
+
+def _promote(version: Version) -> dict[str, Any]:
+    """The promotion flow as part of this one: what became of the version."""
+    return promotion.promotion(model=version.name, version=version.version)
+
+
+def _announce(version: Version) -> dict[str, Any]:
+    """Leave the decision to whoever listens; a version that is champion already is not news."""
+    if registry.CHAMPION not in version.aliases:
+        emit_event(
+            event=REGISTERED_EVENT,
+            resource={"prefect.resource.id": f"trunkline.model.{version.name}"},
+            payload={"model": version.name, "version": version.version},
+        )
+    return {
+        "name": version.name,
+        "version": version.version,
+        "aliases": list(version.aliases),
+        "promoted": False,
+        "gates": [],
+        "digest": version.tags.get("onnx.digest", ""),
+    }
 
 
 def _log_outcome(run: MlflowRun, root: Path, summary: dict[str, Any]) -> None:

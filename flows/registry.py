@@ -1,7 +1,7 @@
 """The model registry of MLflow: versions, their tags, the aliases that say what is live.
 
 Aliases only (`challenger`, `champion`, `previous`), never registry stages. Who moves them and when is
-`flows.promotion`'s business.
+`flows.aliases`'s business.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any
 
 from flows.params import Params
 from flows.tracking import Run, client
+
+CHALLENGER, CHAMPION, PREVIOUS = "challenger", "champion", "previous"
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,27 @@ def set_alias(params: Params, name: str, alias_name: str, version: str) -> None:
 
 def delete_alias(params: Params, name: str, alias_name: str) -> None:
     client(params).delete_registered_model_alias(name, alias_name)
+
+
+def model_tag(params: Params, name: str, key: str) -> str | None:
+    """A tag of the model itself, not of one of its versions; None when there is no such tag or model."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        tags: Mapping[str, str] = client(params).get_registered_model(name).tags
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
+    return tags.get(key)
+
+
+def set_model_tag(params: Params, name: str, key: str, value: str) -> None:
+    client(params).set_registered_model_tag(name, key, value)
+
+
+def delete_model_tag(params: Params, name: str, key: str) -> None:
+    client(params).delete_registered_model_tag(name, key)
 
 
 def tag_version(params: Params, version: Version, tags: Mapping[str, str]) -> None:

@@ -1,15 +1,25 @@
-"""Serve a version from the model registry: find it, fetch it once, hand the verified folder to the server."""
+"""Serve a version from the model registry: find it, fetch it once, hand the verified folder to the server.
+
+A server that was started on an alias follows it (`flows.following`); one that was started on a version stays.
+"""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from flows import files, paths, registry
 from flows.errors import ConfigError, DataError
+from flows.following import Follower, Target, following
 from flows.params import Params, Serve
 from flows.registry import Version
+from flows.serving.package import ModelPackage
+from flows.serving.traffic import TrafficRecorder, is_recorded
+from flows.serving.vision.model import Release
+from flows.serving.vision.service import VisionService
 
 
 def serve_registered(
@@ -28,16 +38,66 @@ def serve_registered(
     with listening_socket(settings.host, settings.port):
         pass  # an occupied port is reported before anything is fetched
     found = find(params, model or params.registered_model(dataset_name(params)), alias, version)
-    folder = fetch(params, found)
-    serve(
-        folder,
-        settings,
-        version=found.version,
-        git_commit=found.tags.get("git.commit", "unknown"),
-        max_pixels=params.ingest.max_pixels,
-        name=found.name,
-        digest=found.tags.get("onnx.digest"),
+
+    def follow(service: VisionService) -> AbstractContextManager[None]:
+        follower = Follower(service, settings, look, fetch_target, target_of(found))
+        return following(follower, settings.poll_s)
+
+    def look() -> Target | None:
+        present = registry.alias(params, found.name, alias)
+        return target_of(present) if present else None
+
+    def fetch_target(target: Target) -> Release:
+        return release(params, registry.version_of(params, found.name, target.version))
+
+    first = release(params, found)
+    recorder = (
+        TrafficRecorder(paths.home(), params.monitor, open_served) if is_recorded(params.monitor) else None
     )
+    try:
+        serve(
+            first.folder,
+            settings,
+            version=first.version,
+            git_commit=first.git_commit,
+            max_pixels=params.ingest.max_pixels,
+            name=first.name,
+            digest=first.digest,
+            companion=None if version else follow,
+            on_batch=recorder.on_batch if recorder else None,
+            on_request=recorder.on_request if recorder else None,
+        )
+    finally:
+        if recorder is not None:
+            recorder.close()
+
+
+def open_served(name: str, version: str) -> ModelPackage:
+    """The package of a version that was fetched, without reading its weights again.
+
+    Raises:
+        DataError: it is not there.
+    """
+    folders = sorted(served_folder(name).glob(f"{version}-*"), key=lambda folder: folder.stat().st_mtime)
+    if not folders:
+        raise DataError(f"{served_folder(name)} has no version {version}")
+    return ModelPackage.open(folders[-1], variants=())
+
+
+def target_of(version: Version) -> Target:
+    return Target(version.version, version.tags.get("onnx.digest", ""))
+
+
+def release(params: Params, version: Version) -> Release:
+    """`version` as a folder on this machine, fetched if it is not there or no longer what was registered."""
+    digest = version.tags.get("onnx.digest")
+    if (folder := folder_of(version)).exists():
+        try:
+            ModelPackage.open(folder, digest=digest)
+        except DataError:  # a copy that was damaged here must not be in the way for ever
+            shutil.rmtree(folder)
+    fetch(params, version)
+    return Release(folder, version.version, version.tags.get("git.commit", "unknown"), version.name, digest)
 
 
 def override(settings: Serve, changes: Mapping[str, Any]) -> Serve:
@@ -82,9 +142,17 @@ def find(params: Params, name: str, alias: str, version: str) -> Version:
 
 def fetch(params: Params, version: Version) -> Path:
     """The folder of `version`, downloaded once; the server verifies its hashes at every start."""
-    digest = version.tags.get("onnx.digest", "")[:12]
-    folder = paths.home() / ".trunkline" / "served" / version.name / f"{version.version}-{digest}"
+    folder = folder_of(version)
     if not folder.exists():
         with files.replace_folder(folder) as temporary:
             registry.download_version(params, version, temporary)
     return folder
+
+
+def folder_of(version: Version) -> Path:
+    digest = version.tags.get("onnx.digest", "")[:12]
+    return served_folder(version.name) / f"{version.version}-{digest}"
+
+
+def served_folder(name: str) -> Path:
+    return paths.home() / ".trunkline" / "served" / name

@@ -23,9 +23,11 @@ from flows.errors import GateFailed
 from flows.params import Params
 from flows.ports import free_port
 from flows.registry import Version
+from flows.serving.traffic import SWITCH
 
 READY_S = 90.0
 STOP_S = 15.0
+REQUEST_S = 30.0
 CONFIDENCE_TOLERANCE = 5e-3
 
 
@@ -50,7 +52,7 @@ def smoke_test(params: Params, root: Path, version: Version) -> SmokeResult:
     )
     started = time.monotonic()
     correct = 0
-    with server(root, version) as address, httpx.Client(base_url=address, timeout=30) as client:
+    with server(root, version) as address, httpx.Client(base_url=address, timeout=REQUEST_S) as client:
         for position, line in enumerate(recorded):
             answer = client.post("/v1/classify", files={"file": ("image", dataset.encoded(position))})
             if answer.status_code != 200:
@@ -81,7 +83,12 @@ def server(root: Path, version: Version) -> Iterator[str]:
     command += ["--version", version.version, "--host", "127.0.0.1", "--port", str(port), "--variant", "fp32"]
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
-            command, cwd=root, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "NO_COLOR": "1"}
+            command,
+            cwd=root,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            # what is tried out here must not pass for traffic
+            env={**os.environ, "NO_COLOR": "1", SWITCH: "off"},
         )
         try:
             address = f"http://127.0.0.1:{port}"
@@ -105,4 +112,4 @@ def _wait_ready(process: subprocess.Popen[bytes], address: str, log: IO[bytes]) 
         time.sleep(0.1)
     log.seek(0)
     said = log.read().decode(errors="replace")[-2000:]
-    raise GateFailed(f"smoke test: the server did not get ready:\n{said}")
+    raise GateFailed(f"the server did not get ready:\n{said}")

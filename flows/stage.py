@@ -25,6 +25,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import psutil
 
@@ -65,6 +66,11 @@ class Stage:
 
     def request_stop(self) -> None:
         self._stop.set()
+
+    def abandon(self, error: TrunklineError) -> NoReturn:
+        """Say it and end this process at once, from any thread: the main one may hang in a call for ever."""
+        _say(self, error)
+        os._exit(error.exit_code)
 
 
 def is_main_process() -> bool:
@@ -113,10 +119,10 @@ def run_stage(
 
 def _say(stage: Stage, error: TrunklineError) -> None:
     """One line on stderr, also when only one of several processes knows of the mistake: then through
-    torchrun's agent (flows.launch), which prints the line of the process that failed first."""
-    if isinstance(error, PeerLost):
-        return  # that other process, or the agent, says it
-    if (path := os.environ.get("TORCHELASTIC_ERROR_FILE")) and not isinstance(error, Interrupted):
+    torchrun's agent (flows.launch), which prints the line of the process that failed first, or that another
+    one was lost if none failed on this machine."""
+    is_for_agent = isinstance(error, PeerLost) or not isinstance(error, Interrupted)
+    if (path := os.environ.get("TORCHELASTIC_ERROR_FILE")) and is_for_agent:
         record = {"message": f"{stage.label}: {error}", "extraInfo": {"timestamp": str(int(time.time()))}}
         with open(path, "w") as file:
             json.dump({"message": record}, file)

@@ -41,6 +41,7 @@ def summary_lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
             ("accuracy", _accuracy(metrics["evaluate-pretrained"], metrics["evaluate-scratch"])),
             ("export", _export(metrics["parity"], metrics["export"])),
             ("registry", _registry(summary["registry"])),
+            *([("gates", _gates(summary["registry"]))] if summary["registry"]["gates"] else []),
             ("smoke test", _smoke(summary["smoke"])),
         ]
     else:
@@ -110,10 +111,21 @@ def _export(parity: dict[str, Any], export: dict[str, Any]) -> str:
 def _registry(registry: dict[str, Any]) -> str:
     aliases = ", ".join(registry["aliases"]) or "no alias"
     text = f"{registry['name']} version {registry['version']} ({aliases})"
-    failed = [f"{gate['name']}: {gate['reason']}" for gate in registry["gates"] if not gate["passed"]]
-    if failed:
-        text += f"; not promoted: {'; '.join(failed)}"
+    if registry.get("refused"):
+        text += f"; not promoted: {registry['reason']}"
     return text
+
+
+def _gates(registry: dict[str, Any]) -> str:
+    """Names of the gates by verdict; the reasons of failed ones stand in the line above."""
+    passed = [gate["name"] for gate in registry["gates"] if gate["passed"]]
+    failed = [gate["name"] for gate in registry["gates"] if not gate["passed"]]
+    parts = [
+        f"{', '.join(names)} {verdict}"
+        for names, verdict in ((passed, "passed"), (failed, "failed"))
+        if names
+    ]
+    return "; ".join(parts)
 
 
 def _serve(registry: dict[str, Any]) -> str:

@@ -38,7 +38,7 @@ from flows.dvc_stage import StageFailed  # noqa: E402
 from flows.errors import Interrupted, explain  # noqa: E402
 from flows.params import Params  # noqa: E402
 from flows.plots import format_duration  # noqa: E402
-from flows.sweeps import outcomes, plan, results  # noqa: E402
+from flows.sweeps import experiments, outcomes, plan, results  # noqa: E402
 from flows.sweeps.page import write_results  # noqa: E402
 from flows.sweeps.planned import PlannedSweep, prepare  # noqa: E402
 from flows.sweeps.points import Point  # noqa: E402
@@ -196,8 +196,7 @@ def _submit(runner: ThreadPoolTaskRunner[Any], unit: Unit, board: Board, place: 
         "TRUNKLINE_FLOW_PID": str(os.getpid()),
         "MLFLOW_TRACKING_URI": tracking.tracking_uri(board.params),
     }
-    if count := board.planned.settings.gpus_per_point:
-        variables["CUDA_VISIBLE_DEVICES"] = ",".join(str(place * count + gpu) for gpu in range(count))
+    variables |= gpus_of(place, board.planned.settings.gpus_per_point)
     board.begun[unit.name] = time.monotonic()
     return runner.submit(
         run_stages.with_options(retries=board.params.pipeline.retries),
@@ -210,6 +209,13 @@ def _submit(runner: ThreadPoolTaskRunner[Any], unit: Unit, board: Board, place: 
             "log": board.planned.folder / "logs" / f"{unit.point.name}.log",
         },
     )
+
+
+def gpus_of(place: int, count: int) -> dict[str, str]:
+    """Points that run at once see different GPUs."""
+    if not count:
+        return {}
+    return {"CUDA_VISIBLE_DEVICES": ",".join(str(place * count + gpu) for gpu in range(count))}
 
 
 def _stop_children() -> None:
@@ -241,6 +247,15 @@ class Board:
         self.progress: Any = None
         self.started = time.monotonic()
         self.log = get_run_logger()
+        self.record_experiments = planned.settings.record_experiments and self._can_record()
+
+    def _can_record(self) -> bool:
+        try:
+            experiments.baseline(paths.home())
+        except experiments.NotRecorded as error:
+            self.log.warning("points are not shown in `dvc exp show`: %s", error)
+            return False
+        return True
 
     def begin(self) -> None:
         self.log.info(
@@ -259,7 +274,7 @@ class Board:
             self.executed += outcome
             if not unit.sharers:
                 self.took.append(time.monotonic() - self.begun[unit.name])
-                self._set(outcomes.keep_result(self.planned, unit.point, self.params, self.run, self.log))
+                self._set(self._keep(unit.point))
             return
         reason, code = _reason(outcome)
         if unit.sharers:
@@ -281,6 +296,11 @@ class Board:
         self.log.info("%s", self.progress_line())
         self._write_files(final=False)
         update_progress_artifact(self.progress, self._fraction())
+
+    def _keep(self, point: Point) -> Row:
+        return outcomes.keep_result(
+            self.planned, point, self.params, self.run, self.record_experiments, self.log
+        )
 
     def progress_line(self) -> str:
         rows = list(self.rows.values())

@@ -453,6 +453,19 @@ def find_run(params: Params, kind: str, tags: Mapping[str, str]) -> str:
     return str(found[0].info.run_id) if found else ""
 
 
+def read_run(params: Params, run_id: str) -> tuple[str, Mapping[str, str]] | None:
+    """Status and tags of a run; None when the store has no such run."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        found = client(params).get_run(run_id)
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise
+    return str(found.info.status), dict(found.data.tags)
+
+
 def close_abandoned_runs(params: Params, parent: str) -> int:
     """Mark the runs a killed stage left RUNNING under pipeline run `parent` as KILLED; returns how many."""
     try:

@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -58,6 +59,19 @@ def prepare(dataset: str = "", recipe: str = "", settings: Sequence[str] = ()) -
     place = locate(values, checked, recipe or dataset)
     populate(place.root, values)
     return place
+
+
+def require_writable() -> None:
+    """Find a read-only or full disk before a server starts, which would wait for its database for minutes.
+
+    Raises:
+        OSError: `flows.errors.explain` has a sentence for it.
+    """
+    folder = paths.home() / ".trunkline"
+    folder.mkdir(exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(b"x")
+        file.flush()
 
 
 def merge(dataset: str = "", recipe: str = "", settings: Sequence[str] = ()) -> dict[str, Any]:

@@ -40,7 +40,7 @@ from sklearn.datasets import load_digits
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "trunkline-vision-digits"
 PATIENCE_S = 420.0
-LEAD_S = 10  # between deploying and the scheduled time
+EVERY_S = 45  # interval of the schedule under test
 MARK = "TRUNKLINE_SCENARIO"
 """In the environment of everything started here, so that what is left over can be found."""
 
@@ -122,34 +122,31 @@ class Installation:
         git = ["git", "-C", str(self.clone), *identity]
         subprocess.run([*git, "commit", "--quiet", "--all", "--message", "Change params"], check=True)
 
-    def schedule_soon(self) -> datetime.datetime:
-        """Give the nightly deployment one schedule, whose next time is in some seconds."""
-        when = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=LEAD_S)
+    def schedule_nightly(self, schedules: list[dict[str, Any]]) -> None:
+        """Give the nightly deployment other schedules, and deploy."""
         path = self.clone / "prefect.yaml"
         content = yaml.safe_load(path.read_text())
         nightly = next(entry for entry in content["deployments"] if entry["name"] == "nightly")
-        nightly["schedules"] = [
-            {"interval": 86400, "anchor_date": when.isoformat(), "slug": "tonight", "active": True}
-        ]
+        nightly["schedules"] = schedules
         path.write_text(yaml.safe_dump(content, sort_keys=False))
-        return when
+        self.trunkline("deploy")
 
     def command(self, *arguments: str) -> list[str]:
         return [sys.executable, "-m", "flows.cli", *arguments]
 
     def trunkline(self, *arguments: str, codes: tuple[int, ...] = (0,)) -> str:
-        """Run `trunkline …` to its end; its output."""
+        """Run `trunkline …` to its end; what it prints for the user."""
         answer = subprocess.run(
             self.command(*arguments),
             cwd=self.clone,
             env=self.environment,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            capture_output=True,
             text=True,
             timeout=PATIENCE_S,
         )
-        said = f"trunkline {' '.join(arguments)}: exit code {answer.returncode}\n{answer.stdout[-4000:]}"
+        told = f"{answer.stdout[-2000:]}\n{answer.stderr[-4000:]}"
+        said = f"trunkline {' '.join(arguments)}: exit code {answer.returncode}\n{told}"
         expect(answer.returncode in codes, said)
         return answer.stdout
 
@@ -176,7 +173,7 @@ class Installation:
     def service_pid(self, name: str) -> int:
         """Process id of a service that `trunkline up` keeps running."""
         state = json.loads((self.clone / ".trunkline" / "services" / "state.json").read_text())
-        return int(next(entry["pid"] for entry in state["services"] if entry["name"] == name))
+        return int(state["services"][name]["pid"])
 
     def processes(self) -> list[psutil.Process]:
         """Everything started here that still lives."""
@@ -328,21 +325,29 @@ class Scenario:
         self.say("up: Prefect, MLflow, deployments, worker")
 
     def await_scheduled_run(self) -> None:
-        when = self.installation.schedule_soon()
-        self.installation.trunkline("deploy")
-        nightly = self.installation.deployment_id("pipeline/nightly")
+        """A run that the schedule made and the worker found; others that fall due meanwhile are cancelled."""
+        installation = self.installation
+        now = datetime.datetime.now(datetime.UTC).isoformat()
+        soon = {"interval": EVERY_S, "anchor_date": now, "slug": "soon", "active": True}
+        installation.schedule_nightly([soon])
+        nightly = installation.deployment_id("pipeline/nightly")
 
         def look() -> list[dict[str, Any]]:
-            found = self.installation.flow_runs(deployment_id=nightly, auto_scheduled=True)
-            ended = [run for run in found if run["state_type"] in ("COMPLETED", "FAILED", "CRASHED")]
-            expect(
-                all(run["state_type"] == "COMPLETED" for run in ended),
-                f"the scheduled run: {[run['state'] for run in ended]}",
-            )
-            return ended
+            found = installation.flow_runs(deployment_id=nightly, auto_scheduled=True)
+            bad = [run["state"] for run in found if run["state_type"] in ("FAILED", "CRASHED")]
+            expect(not bad, f"a scheduled run failed: {bad}")
+            return [run for run in found if run["state_type"] == "COMPLETED"]
 
         run = wait_until(look, "a scheduled run completes")[0]
-        self.say(f"scheduled run: planned for {when:%H:%M:%S}, completed in {run['total_run_time']:.0f} s")
+        installation.schedule_nightly([])
+        unfinished = ("SCHEDULED", "PENDING", "RUNNING", "CANCELLING")
+
+        def is_quiet() -> bool:
+            found = installation.flow_runs(deployment_id=nightly)
+            return not [run for run in found if run["state_type"] in unfinished]
+
+        wait_until(is_quiet, "a removed schedule starts nothing more")
+        self.say(f"scheduled run: found by the worker, completed in {run['total_run_time']:.0f} s")
 
     def await_promotion(self) -> None:
         """The event of the registration triggers it."""

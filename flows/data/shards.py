@@ -23,7 +23,7 @@ from flows import files
 from flows.data.manifest import Shard, Split
 from flows.errors import DataError
 
-COLUMNS = ("key", "label", "shard", "offset", "size", "pixels_sha256", "crc32")
+COLUMNS = ("key", "label", "shard", "offset", "size", "sha256", "pixels_sha256", "crc32")
 UNLABELLED = -1
 
 
@@ -37,6 +37,8 @@ class IndexRow:
     """Of the image's bytes inside the shard."""
     size: int
     """Of the image's bytes."""
+    sha256: str
+    """Of the image's bytes, those of the raw file: the end of the chain of custody."""
     pixels_sha256: str
     crc32: str
     """Of the image's bytes, 8 hexadecimal digits: checked at every read, which sha256 would slow down."""
@@ -97,6 +99,7 @@ class SplitWriter:
             shard=self._shard_name(),
             offset=offset,
             size=len(data),
+            sha256=hashlib.sha256(data).hexdigest(),
             pixels_sha256=pixels_sha256,
             crc32=_crc32(data),
         )
@@ -160,6 +163,7 @@ def read_index(folder: Path, split: Split) -> list[IndexRow]:
             shard=row["shard"],
             offset=int(row["offset"]),
             size=int(row["size"]),
+            sha256=row["sha256"],
             pixels_sha256=row["pixels_sha256"],
             crc32=row["crc32"],
         )

@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import json
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -124,6 +125,18 @@ def time_runner(open_runner: Opener, batch_sizes: list[int], runs: int) -> list[
             }
         )
     return rows
+
+
+def processor_name() -> str:
+    """Of this machine, as its maker calls it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
 
 
 def resident_bytes() -> int:

@@ -1,8 +1,9 @@
 """A model package: the folder that the export stage writes, the registry keeps and servers open.
 
-    manifest.json     what the network is, its inputs and outputs, preprocessing, labels, hashes of every
-    variant model.onnx        variant fp32 (beside it model.onnx.data when the weights do not fit into one
-    file) model_int8.onnx   variant int8
+    manifest.json           what the network is, its inputs and outputs, preprocessing, labels, all hashes
+    model.onnx              variant fp32; beside it model.onnx.data when the weights do not fit into one file
+    model_int8.onnx         variant int8
+    reference.safetensors   what served images should look like (flows/serving/reference.py)
 
 Two hashes per variant. `sha256` is of the file's bytes and finds damage. `digest` is of the content (nodes
 and initializers in name order) and survives the registry, which rewrites files: it is the one that health
@@ -53,6 +54,14 @@ class Variant:
 
 
 @dataclass(frozen=True)
+class HashedFile:
+    """Another file of the folder."""
+
+    file: str
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The content of manifest.json. Nothing in it depends on when or by which run it was written."""
 
@@ -67,6 +76,7 @@ class Manifest:
     variants: Mapping[str, Variant]
     data_digest: str
     source: Mapping[str, Any]
+    reference: HashedFile | None = None  # absent from exports made before there was a monitor
 
     def to_dict(self) -> dict[str, Any]:
         plain: dict[str, Any] = json.loads(
@@ -84,6 +94,7 @@ class Manifest:
                     "variants": {name: asdict(variant) for name, variant in self.variants.items()},
                     "data_digest": self.data_digest,
                     "source": dict(self.source),
+                    "reference": asdict(self.reference) if self.reference else None,
                 }
             )
         )
@@ -114,6 +125,7 @@ class Manifest:
             },
             data_digest=value["data_digest"],
             source=value["source"],
+            reference=HashedFile(**value["reference"]) if value.get("reference") else None,
         )
 
 
@@ -152,6 +164,8 @@ class ModelPackage:
         package = cls(folder, manifest)
         for name in manifest.variants if variants is None else variants:
             package._verify(name)
+        if manifest.reference is not None:
+            package._verify_hashes({manifest.reference.file: manifest.reference.sha256})
         if digest is not None and digest != (found := package.variant("fp32").digest):
             raise DataError(
                 f"{folder} holds the model with digest {found[:12]}…, not {digest[:12]}… as recorded; "
@@ -189,6 +203,21 @@ class ModelPackage:
     def _verify(self, name: str) -> None:
         variant = self.variant(name)
         hashes = {variant.file: variant.sha256} | {part["file"]: part["sha256"] for part in variant.external}
+        self._verify_hashes(hashes)
+        model = load_onnx(self.path(name))
+        digest = content_digest(model)
+        if digest != variant.digest:
+            raise DataError(
+                f"{self.path(name)} has content digest {digest[:12]}…, {MANIFEST} says "
+                f"{variant.digest[:12]}…; export or download the model again"
+            )
+        if read_metadata(model) != (self.manifest.preprocessing, self.manifest.labels):
+            raise DataError(
+                f"preprocessing or labels in {self.folder / MANIFEST} differ from those inside "
+                f"{variant.file}; export or download the model again"
+            )
+
+    def _verify_hashes(self, hashes: Mapping[str, str]) -> None:
         for file, expected in hashes.items():
             if Path(file).name != file:
                 raise DataError(f"{self.folder / MANIFEST} names a file outside its folder: {file!r}")
@@ -203,18 +232,6 @@ class ModelPackage:
                     f"{path} was changed after its export: sha256 {found[:12]}…, {MANIFEST} says "
                     f"{expected[:12]}…; export or download the model again"
                 )
-        model = load_onnx(self.path(name))
-        digest = content_digest(model)
-        if digest != variant.digest:
-            raise DataError(
-                f"{self.path(name)} has content digest {digest[:12]}…, {MANIFEST} says "
-                f"{variant.digest[:12]}…; export or download the model again"
-            )
-        if read_metadata(model) != (self.manifest.preprocessing, self.manifest.labels):
-            raise DataError(
-                f"preprocessing or labels in {self.folder / MANIFEST} differ from those inside "
-                f"{variant.file}; export or download the model again"
-            )
 
 
 def load_onnx(path: Path) -> onnx.ModelProto:

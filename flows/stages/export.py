@@ -2,7 +2,8 @@
 
     in   artifacts/finetune/pretrained    weights, classes, preprocessing
          artifacts/data                   training images that calibrate int8
-    out  artifacts/export                 model.onnx, model_int8.onnx, manifest.json
+                                          validation images that say what served ones should look like
+    out  artifacts/export                 model.onnx, model_int8.onnx, reference.safetensors, manifest.json
          artifacts/metrics/export.json    sizes
 
 The invariant: equal weights give equal bytes, so that DVC and the registry recognise an unchanged model.
@@ -11,6 +12,7 @@ Nothing here depends on the time, the machine's paths or the run.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +25,20 @@ from flows.errors import DataError
 from flows.exporting import export_onnx, write_onnx
 from flows.params import Params
 from flows.samples import draw_samples
-from flows.serving.package import MANIFEST, Manifest, TensorSpec, Variant, describe_variant, metadata
+from flows.serving.package import (
+    MANIFEST,
+    HashedFile,
+    Manifest,
+    TensorSpec,
+    Variant,
+    describe_variant,
+    metadata,
+)
 from flows.serving.quantization import quantize
-from flows.serving.session import FEATURES, LOGITS
+from flows.serving.reference import FILE as REFERENCE
+from flows.serving.reference import Reference, describe_images, write_reference
+from flows.serving.session import CPU, FEATURES, LOGITS, open_session
+from flows.serving.statistics import Projection
 from flows.stage import Stage, run_stage
 from models.classification import Classifier, WithFeatures
 
@@ -42,17 +55,25 @@ def run(params: Params, stage: Stage) -> None:
         raise DataError(
             f"{folder} was trained on other data than {paths.DATA} holds; run the finetune stage again"
         )
-    calibration, _ = draw_samples(
+    draw = partial(
+        draw_samples,
         paths.DATA,
-        "train",
-        params.export.int8_calibration_images,
         seed=params.seed,
         preprocessing=config.preprocessing,
         max_pixels=params.ingest.max_pixels,
     )
+    calibration, _ = draw("train", params.export.int8_calibration_images)
+    held_out, _ = draw("val", params.export.reference_images)
 
     with files.replace_folder(paths.EXPORT) as target:
         variants = write_variants(model, config, calibration, target, params)
+        projection = Projection(params.seed, model.backbone.num_features, params.export.embedding_dims)
+        records = {
+            # the CPU on every machine: another provider would give other bytes
+            name: describe_images(open_session(target / file, [CPU]), held_out, projection)
+            for name, file in FILES.items()
+        }
+        write_reference(target / REFERENCE, Reference(config.data_digest, "val", projection, records))
         manifest = Manifest(
             name=params.registered_model(data.name),
             task="classification",
@@ -66,9 +87,11 @@ def run(params: Params, stage: Stage) -> None:
             preprocessing=config.preprocessing,
             labels=config.classes,
             variants=variants,
+            reference=HashedFile(REFERENCE, files.sha256_file(target / REFERENCE)),
             data_digest=config.data_digest,
             source={
                 "checkpoint_sha256": files.sha256_file(folder / WEIGHTS),
+                "start_sha256": config.start_sha256,
                 "backbone": dict(config.backbone),
             },
         )
@@ -80,7 +103,7 @@ def run(params: Params, stage: Stage) -> None:
     stage.run.log_artifact(paths.EXPORT / MANIFEST)
     print(
         f"exported {manifest.name}: fp32 {metrics['fp32_mb']:.2f} MB, int8 {metrics['int8_mb']:.2f} MB "
-        f"({metrics['int8_size_ratio']:.0%}), opset {manifest.opset}"
+        f"({metrics['int8_size_ratio']:.0%}), opset {manifest.opset}, {len(held_out)} reference images"
     )
 
 

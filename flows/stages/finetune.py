@@ -44,7 +44,9 @@ from flows.training import (
     group_parameters,
     initialize_processes,
     micro_batch_size,
+    settings_that_name,
     train,
+    watch_peers,
 )
 from flows.training.outputs import write_curves
 from models.classification import Classifier
@@ -62,18 +64,20 @@ def run(params: Params, stage: Stage) -> None:
         raise DataError(
             "the data set has no labels, so there is nothing to classify; it serves pretraining only"
         )
-    processes = initialize_processes(training)
+    processes = initialize_processes(training, params.distributed)
     preprocessing = preprocessing_for(manifest, params.model)
     open_split = partial(
         ImageDataset, paths.DATA, cache_mb=params.loader.cache_mb, max_pixels=params.ingest.max_pixels
     )
     dataset = open_split("train", rows=load_subset(paths.SUBSETS, settings.subset))
     validation = open_split("val")
+    probed = open_split("val", rows=range(min(training.batch_size, len(validation))))
     num_classes = len(manifest.classes)
 
     torch.manual_seed(params.seed)  # before the model: the head starts equal in both cells
     model = build_model(params, num_classes)
     weights = paths.PRETRAIN / "model.safetensors" if stage.cell == "pretrained" else None
+    start_sha256 = files.sha256_file(weights) if weights else ""
     if weights is not None:
         load_backbone(model, weights)
 
@@ -110,10 +114,10 @@ def run(params: Params, stage: Stage) -> None:
         )
         return F.cross_entropy(engine(images).float(), targets)
 
-    def validate(engine: Any) -> Row:
+    def measure(images: ImageDataset, engine: Any) -> Row:
         loss_sum = correct = count = 0.0
         for batch, weight in even_eval_batches(
-            validation, preprocessing, micro_batch, processes.rank, processes.world_size
+            images, preprocessing, micro_batch, processes.rank, processes.world_size
         ):
             labels = batch.labels.to(processes.device)
             logits = engine(images_of(batch)).float()
@@ -126,13 +130,16 @@ def run(params: Params, stage: Stage) -> None:
     layer_decay = settings.layer_decay if weights is not None else 1.0
     top = num_layer_ids(model.backbone) - 1
     key = fingerprint(
-        {"model": params.model.model_dump(), "finetune": settings.model_dump(), "seed": params.seed},
+        {
+            "model": params.model.model_dump(),
+            "finetune": settings_that_name(settings),
+            "seed": params.seed,
+        },
         {
             "cell": stage.cell or "",
             "data": manifest.digest,
             "subsets": files.sha256_file(paths.SUBSETS / "subsets.json"),
-            "weights": files.sha256_file(weights) if weights else "",
-            "world": str(processes.world_size),
+            "weights": start_sha256,
         },
         SOURCES,
     )
@@ -151,15 +158,19 @@ def run(params: Params, stage: Stage) -> None:
         ),
         batches=batches,
         loss=loss,
-        validate=validate,
+        validate=partial(measure, validation),
+        probe=lambda engine: measure(probed, engine)["val_loss"],
         initialized_from=str(weights or ""),
         on_log=stage.run.log_metrics,
         stop_requested=stage.stop_requested,
     )
-    with checkpoints.hold(stage.stop_requested):
+    with (
+        watch_peers(processes, params.distributed.peer_timeout_s, stage.abandon),
+        checkpoints.hold(stage.stop_requested),
+    ):
         result = train(job, processes, checkpoints)
 
-        stage.device_hours = result.seconds * processes.world_size / 3600
+        stage.device_hours = result.device_seconds / 3600
         if processes.is_main:
             trained = build_model(params, num_classes)
             trained.load_state_dict(result.weights)
@@ -169,6 +180,7 @@ def run(params: Params, stage: Stage) -> None:
                 classes=tuple(manifest.classes),
                 preprocessing=preprocessing,
                 data_digest=manifest.digest,
+                start_sha256=start_sha256,
             )
             save_classifier(folder, trained, config)
             write_curves(folder, result)

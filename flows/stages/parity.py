@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import csv
 import io
-import platform
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from flows.errors import DataError, GateFailed, Interrupted
 from flows.params import Params, Parity
 from flows.samples import draw_samples
 from flows.serving.comparison import Check, Comparison, Logits, accuracy, compare, run_in_batches, worst
-from flows.serving.measure import Measurement, measure_eager, measure_variant
+from flows.serving.measure import Measurement, measure_eager, measure_variant, processor_name
 from flows.serving.package import ModelPackage
 from flows.serving.session import (
     CPU,
@@ -88,7 +87,11 @@ def run(params: Params, stage: Stage) -> None:
         "max_feature_error": feature_errors,
         "comparisons": [comparison.to_dict() for comparison in comparisons],
         "speed": speed_ratios(rows),
-        "machine": {"processor": _processor(), "threads": available_threads(), "torch": torch.__version__},
+        "machine": {
+            "processor": processor_name(),
+            "threads": available_threads(),
+            "torch": torch.__version__,
+        },
     }
     write_outputs(paths.PARITY, report, rows, errors, params.parity)
     files.write_json(paths.METRICS / "parity.json", metrics)
@@ -307,17 +310,6 @@ def _explain(check: Check) -> str:
 def _stop_if_asked(stage: Stage) -> None:
     if stage.stop_requested():
         raise Interrupted("stopped; run the same command again")
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
-        platform.machine(),
-    )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -40,24 +40,27 @@ from flows.training import (
     Checkpoints,
     Job,
     Result,
-    Row,
     fingerprint,
     group_parameters,
     initialize_processes,
     micro_batch_size,
+    settings_that_name,
     train,
+    watch_peers,
 )
 from flows.training.outputs import write_curves, write_weights
 from models.parameter_groups import no_weight_decay
-from models.pretext.masks import masks_from_ids, random_masks, upsample_masks
+from models.pretext.masks import masks_from_ids, upsample_masks
 from models.pretext.simmim import SimMIM, normalize_targets
 
+MASK_STREAM_BIT = 40
+"""Masks are drawn by number: in the validation split that of the row, in training numbers above this bit."""
 SOURCES = [Path("flows/stages/pretrain.py"), Path("flows/training"), Path("flows/data"), Path("models")]
 
 
 def run(params: Params, stage: Stage) -> None:
     settings, training = params.pretrain, params.pretrain.training
-    processes = initialize_processes(training)
+    processes = initialize_processes(training, params.distributed)
     manifest = load_manifest(paths.DATA)
     preprocessing = preprocessing_for(manifest, params.model)
     open_split = partial(
@@ -65,6 +68,7 @@ def run(params: Params, stage: Stage) -> None:
     )
     dataset = open_split("train", rows=load_subset(paths.SUBSETS, settings.subset))
     validation = open_split("val")
+    probed = open_split("val", rows=range(min(training.batch_size, len(validation))))
 
     torch.manual_seed(params.seed)
     model = build_model(params)
@@ -94,29 +98,34 @@ def run(params: Params, stage: Stage) -> None:
         return to_model_input(batch.images.to(processes.device), preprocessing.mean, preprocessing.std)
 
     def loss(engine: Any, batch: Batch) -> torch.Tensor:
-        masks = random_masks(len(batch.images), model.mask_grid, settings.mask_ratio, torch.default_generator)
+        # by place in the sequence, so that a step hides the same on any number of processes
+        ids = batch.positions + ((params.seed + 1) << MASK_STREAM_BIT)
+        masks = masks_from_ids(ids, model.mask_grid, settings.mask_ratio)
         value: torch.Tensor = engine(images_of(batch), masks.to(processes.device)).loss
         return value
 
-    def validate(engine: Any) -> Row:
+    def loss_on(images: ImageDataset, engine: Any) -> float:
         total = masked = 0.0
         for batch, weight in even_eval_batches(
-            validation, preprocessing, micro_batch, processes.rank, processes.world_size
+            images, preprocessing, micro_batch, processes.rank, processes.world_size
         ):
             masks = masks_from_ids(batch.rows, model.mask_grid, settings.mask_ratio)
             output = engine(images_of(batch), masks.to(processes.device))
             total += weight * float(output.loss_sum)
             masked += weight * float(output.masked_pixels)
         total, masked = processes.sum([total, masked])
-        return {"val_loss": total / masked}
+        return total / masked
 
     key = fingerprint(
-        {"model": params.model.model_dump(), "pretrain": settings.model_dump(), "seed": params.seed},
+        {
+            "model": params.model.model_dump(),
+            "pretrain": settings_that_name(settings),
+            "seed": params.seed,
+        },
         {
             "data": manifest.digest,
             "subsets": files.sha256_file(paths.SUBSETS / "subsets.json"),
             "initial": files.sha256_file(initial) if initial else "",
-            "world": str(processes.world_size),
         },
         SOURCES,
     )
@@ -129,16 +138,20 @@ def run(params: Params, stage: Stage) -> None:
         groups=group_parameters(model, training.weight_decay, no_weight_decay),
         batches=batches,
         loss=loss,
-        validate=validate,
+        validate=lambda engine: {"val_loss": loss_on(validation, engine)},
+        probe=partial(loss_on, probed),
         initialized_from=str(initial or ""),
         continue_from=Path(settings.continue_from) if settings.continue_from else None,
         on_log=stage.run.log_metrics,
         stop_requested=stage.stop_requested,
     )
-    with checkpoints.hold(stage.stop_requested):
+    with (
+        watch_peers(processes, params.distributed.peer_timeout_s, stage.abandon),
+        checkpoints.hold(stage.stop_requested),
+    ):
         result = train(job, processes, checkpoints)
 
-        stage.device_hours = result.seconds * processes.world_size / 3600
+        stage.device_hours = result.device_seconds / 3600
         if processes.is_main:
             trained = build_model(params)
             trained.load_state_dict(result.weights)

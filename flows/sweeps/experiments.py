@@ -8,6 +8,7 @@ that all workspaces share.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import tempfile
@@ -15,6 +16,8 @@ from collections.abc import Mapping
 from io import StringIO
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from flows import params, paths
 from flows.errors import TrunklineError
@@ -43,7 +46,7 @@ def baseline(home: Path) -> str:
     top = _git(home, "rev-parse", "--show-toplevel")
     if Path(top).resolve() != home.resolve():
         raise NotRecorded(f"{home} is not the root of a git repository")
-    return _git(home, "rev-parse", "HEAD")
+    return _git(home, "rev-parse", "--verify", "HEAD")
 
 
 def record(home: Path, root: Path, name: str, values: Mapping[str, Any]) -> str:
@@ -67,7 +70,7 @@ def record(home: Path, root: Path, name: str, values: Mapping[str, Any]) -> str:
             paths.METRICS.as_posix(),
             environment=index,
         )
-        staged = {"params.yaml": _commented(home, values), "dvc.lock": (root / "dvc.lock").read_bytes()}
+        staged = {"params.yaml": _commented(home, values), "dvc.lock": _whole_lock(home, root)}
         for path in sorted((root / paths.METRICS).glob("*.json")):
             staged[(paths.METRICS / path.name).as_posix()] = path.read_bytes()
         for entry, data in staged.items():
@@ -85,14 +88,33 @@ def record(home: Path, root: Path, name: str, values: Mapping[str, Any]) -> str:
     return commit
 
 
+def _whole_lock(home: Path, root: Path) -> bytes:
+    """The point's dvc.lock, and of stages that it did not need what the clone has in its cache, because
+    `dvc exp apply` fails at outputs without a hash. `dvc status` tells that these are out of date."""
+    lock = yaml.safe_load((root / "dvc.lock").read_text())
+    with contextlib.suppress(OSError, yaml.YAMLError, KeyError, TypeError):
+        for stage, entry in yaml.safe_load((home / "dvc.lock").read_text())["stages"].items():
+            if stage not in lock["stages"] and all(is_cached(home, out) for out in entry.get("outs", ())):
+                lock["stages"][stage] = entry
+    return yaml.safe_dump(lock, sort_keys=False).encode()
+
+
+def is_cached(home: Path, out: Mapping[str, Any]) -> bool:
+    """Whether DVC's cache has an output as dvc.lock describes it; metrics are never there."""
+    digest = str(out.get("md5", ""))
+    if paths.METRICS in Path(out["path"]).parents:
+        return True
+    return (home / ".dvc" / "cache" / "files" / "md5" / digest[:2] / digest[2:]).is_file()
+
+
 def _commented(home: Path, values: Mapping[str, Any]) -> bytes:
     """The clone's params.yaml with the values of a point: comments stay, as after `dvc exp run -S`."""
     from ruamel.yaml import YAML
 
-    yaml = YAML()
-    yaml.preserve_quotes = True
-    yaml.width = 200
-    text = yaml.load((home / "params.yaml").read_text())
+    form = YAML()
+    form.preserve_quotes = True
+    form.width = 200
+    text = form.load((home / "params.yaml").read_text())
     before = flatten(params.read(home / "params.yaml"))
     for key, value in flatten(values).items():
         if before.get(key) != value:
@@ -102,7 +124,7 @@ def _commented(home: Path, values: Mapping[str, Any]) -> bytes:
                 section = section[parent]
             section[leaf] = value
     out = StringIO()
-    yaml.dump(text, out)
+    form.dump(text, out)
     return out.getvalue().encode()
 
 
@@ -121,5 +143,5 @@ def _git(
         raise NotRecorded("git is not installed") from None
     if answer.returncode:
         words = answer.stderr.decode(errors="replace").strip().splitlines()
-        raise NotRecorded(f"git {arguments[0]}: {words[-1] if words else answer.returncode}")
+        raise NotRecorded(f"git {arguments[0]}: {words[0] if words else answer.returncode}")
     return answer.stdout.decode().strip()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -26,7 +25,7 @@ KEPT = (paths.METRICS, paths.RECEIPTS)
 
 
 def keep_result(
-    planned: PlannedSweep, point: Point, params: Params, run: MlflowRun, log: logging.Logger | Any
+    planned: PlannedSweep, point: Point, params: Params, run: MlflowRun, record_experiment: bool, log: Any
 ) -> Row:
     """Of a point whose stages have all run. Only the record is needed; what else fails is a warning."""
     root = point.root
@@ -43,7 +42,7 @@ def keep_result(
         stage_runs={stage: receipt.get("run_id", "") for stage, receipt in receipts.items() if receipt},
         workspace=str(root),
     )
-    if planned.settings.record_experiments:
+    if record_experiment:
         name = f"{planned.file.name}-{point.name}"
         try:
             experiments.record(paths.home(), root, name, point.values)
@@ -103,7 +102,7 @@ def _track(planned: PlannedSweep, point: Point, params: Params, run: MlflowRun, 
 
 def drop_files(root: Path) -> None:
     """Remove outputs that lie in DVC's cache too: copies of the data in every workspace would fill the disk.
-    `dvc checkout` in the workspace brings them back."""
+    `dvc repro STAGE` in the workspace, like any later run there, brings them back."""
     try:
         with workspace.alone_in(root):
             for out in _cached_outputs(root):
@@ -117,12 +116,11 @@ def drop_files(root: Path) -> None:
 
 
 def _cached_outputs(root: Path) -> list[str]:
-    cache = paths.home() / ".dvc" / "cache" / "files" / "md5"
     locked = yaml.safe_load((root / "dvc.lock").read_text())["stages"]
     found = []
     for out in (out for stage in locked.values() for out in stage.get("outs", ())):
-        path, digest = Path(out["path"]), str(out.get("md5", ""))
+        path = Path(out["path"])
         kept = path.is_absolute() or ".." in path.parts or any(folder in path.parents for folder in KEPT)
-        if not kept and digest and (cache / digest[:2] / digest[2:]).is_file():
+        if not kept and experiments.is_cached(paths.home(), out):
             found.append(out["path"])
     return found

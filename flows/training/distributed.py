@@ -8,26 +8,36 @@ from __future__ import annotations
 import datetime
 import logging
 import os
+import sys
 import warnings
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from flows.errors import ConfigError
-from flows.params import Training
+from flows.params import Distributed, Training
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found nothing better
 
+# DeepSpeed's autotuner, which nobody uses here, would import MLflow: a second in every training process
+if "mlflow" not in sys.modules:
+    sys.modules["mlflow"] = None  # type: ignore[assignment]  # an import of it fails
+
 import deepspeed  # reads the accelerator at import
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-TIMEOUT = datetime.timedelta(minutes=10)
+if sys.modules["mlflow"] is None:
+    del sys.modules["mlflow"]
+
+Value = TypeVar("Value")
+
 BUCKET_MIN, BUCKET_MAX = 1_000_000, 200_000_000
 """Elements of a communication buffer. DeepSpeed's default of 5e8 is 2 GB, even for a million parameters."""
 
@@ -39,10 +49,18 @@ class Processes:
     rank: int
     world_size: int
     device: torch.device
+    local_rank: int = 0
+    machine: int = 0
+    machines: int = 1
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def is_first_here(self) -> bool:
+        """The one that does for its machine what is to be done once."""
+        return self.local_rank == 0
 
     def barrier(self) -> None:
         if self.world_size > 1:
@@ -60,9 +78,29 @@ class Processes:
     def any(self, flag: bool) -> bool:
         return self.sum([float(flag)])[0] > 0
 
+    def share(self, value: Value) -> Value:
+        """The main process's `value`, on all processes."""
+        if self.world_size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, device=self.device)
+        return values[0]
 
-def initialize_processes(settings: Training) -> Processes:
-    """Join the process group (gloo on the CPU, nccl on GPUs) and set threads and device."""
+    def gather(self, value: Value) -> list[Value]:
+        """`value` of every process, by rank, on all processes."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+
+def initialize_processes(settings: Training, distributed: Distributed) -> Processes:
+    """Join the process group (gloo on the CPU, nccl on GPUs) and set threads and device.
+
+    Raises:
+        PeerLost: the other processes did not come in time (through flows.errors.explain).
+    """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed's to change; torch would say it at every step
     warnings.filterwarnings("ignore", r".*torch\.distributed\.\w+` is deprecated", FutureWarning)
@@ -73,9 +111,10 @@ def initialize_processes(settings: Training) -> Processes:
 
     rank = int(os.environ.get("RANK", "0"))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ["LOCAL_RANK"])
     use_cuda = torch.cuda.is_available()
     if use_cuda:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True
     else:
@@ -91,9 +130,17 @@ def initialize_processes(settings: Training) -> Processes:
             store = dist.HashStore()  # type: ignore[attr-defined]  # public, but not in torch's __all__
             dist.init_process_group(backend, store=store, rank=0, world_size=1)
         else:
-            dist.init_process_group(backend, timeout=TIMEOUT)
+            patience = datetime.timedelta(seconds=distributed.collective_timeout_s)
+            dist.init_process_group(backend, timeout=patience)
     deepspeed.init_distributed(dist_backend="nccl" if use_cuda else "gloo", verbose=False)
-    return Processes(rank, world_size, device)
+    return Processes(
+        rank,
+        world_size,
+        device,
+        local_rank,
+        machine=int(os.environ.get("GROUP_RANK", "0")),
+        machines=int(os.environ.get("GROUP_WORLD_SIZE", "1")),
+    )
 
 
 def resolve_precision(settings: Training) -> str:
@@ -112,7 +159,7 @@ def micro_batch_size(settings: Training, world_size: int) -> int:
     if settings.batch_size % parts:
         raise ConfigError(
             f"batch_size {settings.batch_size} is not divisible by {world_size} processes x accumulation "
-            f"{settings.accumulation}"
+            f"{settings.accumulation}; start another number of processes or change one of the others"
         )
     return settings.batch_size // parts
 
@@ -155,8 +202,15 @@ def build_engine(
 
 def full_state_dict(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Plain fp32 weights from a ZeRO checkpoint folder (its parts of all processes must be there)."""
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):  # it narrates
+    with silenced():
         weights: dict[str, torch.Tensor] = get_fp32_state_dict_from_zero_checkpoint(
             str(checkpoint.parent), tag=checkpoint.name
         )
     return weights
+
+
+@contextmanager
+def silenced() -> Iterator[None]:
+    """DeepSpeed's tools narrate what they do and draw progress bars."""
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield

@@ -1,8 +1,9 @@
 """The training loop: fetch, forward, backward, step, log, save.
 
-Everything random in a step (drop path, masks, mixing) is seeded by (seed, step, process), and the data of a
-step are a pure function of the step, so a resumed run repeats an undisturbed one bit for bit (CPU, same
-number of processes).
+The images of a step are a pure function of the step, and what is random in it besides (drop path, mixing) is
+seeded by (seed, step, process), so a resumed run repeats an undisturbed one bit for bit (CPU, same number of
+processes). On another number the images stay the same and sums are rounded otherwise: the losses agree up to
+that, unless the task draws noise that depends on how the images are divided.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from flows.training.optimizer import ParameterGroup, build_adamw
 from flows.training.schedule import learning_rate
 
 Batch = TypeVar("Batch")
+Value = TypeVar("Value")
 Row = dict[str, float]
 
 
@@ -38,6 +40,8 @@ class Job(Generic[Batch]):
     step.
     `loss(model, batch)` calls the model (DeepSpeed's engine) and returns a scalar.
     `validate(model)` returns metrics; it is called on all processes, in eval mode and without gradients.
+    `probe(model)`, called alike, is the loss of a fixed batch, however it is divided among processes; a
+    resume checks by it what it restored.
     """
 
     name: str  # section of params.yaml
@@ -48,6 +52,7 @@ class Job(Generic[Batch]):
     batches: Callable[[int], Iterator[Batch]]
     loss: Callable[[Any, Batch], torch.Tensor]
     validate: Callable[[Any], Row]
+    probe: Callable[[Any], float]
     initialized_from: str = ""
     """Where the model's weights come from; empty means random initialisation."""
     continue_from: Path | None = None
@@ -62,8 +67,8 @@ class Result:
     weights: dict[str, torch.Tensor]
     curves: list[Row]
     validation: list[Row]
-    seconds: float
-    """Time in steps and validations, over all attempts."""
+    device_seconds: float
+    """Time in steps and validations, over all attempts and processes."""
     began: str
 
 
@@ -74,9 +79,10 @@ class _State:
     step: int = 0
     logged_step: int = 0
     loss_sum: float = 0.0  # over the steps since `logged_step` and all processes
+    processes: int = 1  # which it is the sum over
     curves: list[Row] = field(default_factory=list)
     validation: list[Row] = field(default_factory=list)
-    seconds: float = 0.0
+    device_seconds: float = 0.0
 
 
 def train(job: Job[Any], processes: Processes, checkpoints: Checkpoints) -> Result:
@@ -91,6 +97,9 @@ def train(job: Job[Any], processes: Processes, checkpoints: Checkpoints) -> Resu
     state, began, path = _begin(job, engine, checkpoints, processes)
     progress = Progress(job.label or job.name, settings.steps, processes.is_main)
     progress.note(began)
+    # what params.yaml says counts, not what a checkpoint says (DeepSpeed's universal form says it wrongly)
+    for group, optimizer_group in zip(job.groups, engine.optimizer.param_groups, strict=True):
+        optimizer_group.update(betas=settings.betas, weight_decay=group.weight_decay)
 
     batches = job.batches(state.step)
     # The sum over processes was saved; it goes on in one of them. In double precision a sum of a few
@@ -99,7 +108,7 @@ def train(job: Job[Any], processes: Processes, checkpoints: Checkpoints) -> Resu
         state.loss_sum if processes.is_main else 0.0, dtype=torch.float64, device=processes.device
     )
     total, stepping = Stopwatch(), Stopwatch()
-    spent_before = state.seconds
+    spent_before = state.device_seconds
     engine.train()
     while state.step < settings.steps:
         stepping.start()
@@ -136,17 +145,17 @@ def train(job: Job[Any], processes: Processes, checkpoints: Checkpoints) -> Resu
             job.on_log(row, state.step)
 
         if state.step % settings.validate_every == 0 or is_last:
-            metrics = {"step": state.step, **_validate(job, engine)}
+            metrics = {"step": state.step, **_without_gradients(engine, job.validate)}
             state.validation.append(metrics)
             progress.show_validation(metrics)
             job.on_log(metrics, state.step)
 
         stop = processes.any(job.stop_requested()) and not is_last
         if stop or is_last or state.step % settings.checkpoint_every == 0:
-            state.loss_sum = processes.sum([float(loss_sum)])[0]
+            state.loss_sum, state.processes = processes.sum([float(loss_sum)])[0], processes.world_size
             _check_finite(state.loss_sum, job, step)
-            state.seconds = spent_before + total.elapsed()
-            path = checkpoints.save(engine, state.step, vars(state))
+            state.device_seconds = spent_before + total.elapsed() * processes.world_size
+            path = checkpoints.save(engine, state.step, vars(state), _without_gradients(engine, job.probe))
         if stop:
             progress.close()
             raise Interrupted(
@@ -158,7 +167,7 @@ def train(job: Job[Any], processes: Processes, checkpoints: Checkpoints) -> Resu
         path is not None
     )  # the last step saves, and a finished run has been resumed from its last checkpoint
     weights = checkpoints.consolidated(engine, path) if processes.is_main else {}
-    return Result(weights, state.curves, state.validation, state.seconds, began)
+    return Result(weights, state.curves, state.validation, state.device_seconds, began)
 
 
 def _begin(
@@ -172,33 +181,44 @@ def _begin(
     Raises:
         ConfigError: there is nothing to continue from, or it has had all steps already.
     """
-    if own := checkpoints.complete():
-        state = _State(**checkpoints.load(engine, own[0]))
-        return state, f"resume: step {state.step} from {own[0]}", own[0]
+
+    def load(path: Path) -> tuple[_State, str]:
+        saved = checkpoints.load(engine, path, job.settings, lambda: _without_gradients(engine, job.probe))
+        state = _State(**saved)
+        if state.processes == processes.world_size:
+            return state, ""
+        note = f", saved by {state.processes} and now in {processes.world_size} processes"
+        state.loss_sum *= processes.world_size / state.processes
+        state.processes = processes.world_size
+        return state, note
+
+    if own := checkpoints.newest():
+        state, note = load(own)
+        return state, f"resume: step {state.step} from {own}{note}", own
     if job.continue_from is not None:
         if not (job.continue_from / "complete.json").is_file():
             raise ConfigError(
                 f"`{job.name}.continue_from`: {job.continue_from} is not the folder of a whole checkpoint "
                 "(step-…)"
             )
-        state = _State(**Checkpoints(job.continue_from.parent, processes).load(engine, job.continue_from))
+        state, note = load(job.continue_from)
         if state.step >= job.settings.steps:
             raise ConfigError(
                 f"`{job.name}.continue_from`: {job.continue_from} has had {state.step} steps; "
                 f"{job.name}.training.steps must be larger, found {job.settings.steps}"
             )
-        return state, f"continue: step {state.step} from {job.continue_from}", job.continue_from
+        return state, f"continue: step {state.step} from {job.continue_from}{note}", job.continue_from
     if job.initialized_from:
         return _State(), f"initialise: weights from {job.initialized_from}", None
     return _State(), "scratch: random weights", None
 
 
-def _validate(job: Job[Any], engine: Any) -> Row:
+def _without_gradients(engine: Any, measure: Callable[[Any], Value]) -> Value:
     engine.eval()
     with torch.no_grad():
-        metrics = job.validate(engine)
+        value = measure(engine)
     engine.train()
-    return metrics
+    return value
 
 
 def _check_finite(loss: float, job: Job[Any], step: int) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import fake_workspace
@@ -37,6 +39,15 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "mlflow.db"
 
 
+@pytest.fixture(scope="session")
+def prefect_server() -> Iterator[None]:
+    """A Prefect server of the tests' own."""
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=120):
+        yield
+
+
 @pytest.fixture
 def home(in_folder: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current directory as a clone with params.yaml and an empty tracking store."""
@@ -53,3 +64,16 @@ def home(in_folder: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) ->
 def home_params(home: Path) -> Params:
     """The shipped params, whose tracking store is the one in `home`."""
     return params.load(home / "params.yaml")
+
+
+@pytest.fixture(scope="session")
+def wait_until() -> Callable[[Callable[[], bool]], None]:
+    """Wait for a condition, with a bound that is generous on a busy machine."""
+
+    def wait(condition: Callable[[], bool], bound_s: float = 60.0) -> None:
+        until = time.monotonic() + bound_s
+        while not condition():
+            assert time.monotonic() < until, "the condition did not come true"
+            time.sleep(0.01)
+
+    return wait

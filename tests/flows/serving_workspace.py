@@ -102,7 +102,7 @@ def make_workspace(folder: Path) -> Params:
             paths.DATA, "train", FITTED_IMAGES, seed=0, preprocessing=preprocessing, max_pixels=10**6
         )
         model = fitted_classifier(BACKBONE, torch.from_numpy(images), labels)
-        config = ClassifierConfig(BACKBONE, tuple(data.classes), preprocessing, data.digest)
+        config = ClassifierConfig(BACKBONE, tuple(data.classes), preprocessing, data.digest, "")
         save_classifier(paths.FINETUNE / "pretrained", model, config)
     return checked
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from typing import NamedTuple
 import pytest
 import tiny_clone
 
-from flows import cli, registry, serve, tracking
+from flows import cli, registry, serve, tracking, workspace
 from flows.errors import ConfigError, DataError
 from flows.params import Params
 from flows.registry import Version
@@ -80,7 +81,7 @@ def one_line(answer: Answer, code: int, *words: str) -> None:
 def test_help_names_the_commands(trunkline: Callable[..., Answer]) -> None:
     answer = trunkline("--help")
     assert answer.code == 0
-    assert all(word in answer.out for word in ("run", "serve", "ui", "report"))
+    assert all(word in answer.out for word in ("run", "serve", "monitor", "ui", "report"))
     assert trunkline("run", "--help").code == 0
 
 
@@ -150,6 +151,59 @@ def test_a_wrong_override_is_found_before_anything_starts(
     tiny_clone.build(home)
     one_line(trunkline("run", *arguments), 11, *words)
     assert tiny_clone.executed(home) == []
+
+
+def test_params_that_are_a_folder_are_named(home: Path, trunkline: Callable[..., Answer]) -> None:
+    (home / "params.yaml").unlink()
+    (home / "params.yaml").mkdir()
+    one_line(trunkline("run"), 11, "params.yaml")
+
+
+@pytest.mark.parametrize("command", [["run"], ["sweep", "mine.yaml"]])
+def test_a_read_only_clone_is_told_before_a_server_starts(
+    command: list[str], home: Path, trunkline: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_clone.build(home)
+    (home / "mine.yaml").write_text("metric: pretrain.top1\ngrid: {seed: [1, 2]}\n")
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(home))
+
+    monkeypatch.setattr(workspace.tempfile, "TemporaryFile", refuse)
+    one_line(trunkline(*command), 74, "read-only", str(home))
+    assert tiny_clone.executed(home) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        ([], 2, ["FILE"]),
+        (["nosuch"], 11, ["no sweep file `nosuch`"]),
+        (["mine.yaml"], 11, ["mine.yaml", "`finetune.lr`"]),
+        (["mine.yaml", "--parallel", "-1"], 2, ["parallel"]),
+    ],
+)
+def test_a_mistake_in_a_sweep_is_one_line(
+    arguments: list[str], code: int, words: list[str], home: Path, trunkline: Callable[..., Answer]
+) -> None:
+    tiny_clone.build(home)
+    (home / "mine.yaml").write_text("metric: pretrain.top1\ngrid: {finetune.lr: [1]}\n")
+    answer = trunkline("sweep", *arguments)
+    assert answer.code == code
+    assert all(word.lower() in answer.err.lower() for word in words), answer.err
+    assert not (home / ".trunkline").exists()
+
+
+def test_a_dry_run_prints_the_points_and_makes_nothing(home: Path, trunkline: Callable[..., Answer]) -> None:
+    tiny_clone.build(home)
+    (home / "mine.yaml").write_text("metric: pretrain.top1\ngrid: {seed: [1, 2]}\n")
+    answer = trunkline("sweep", "mine.yaml", "--dry-run")
+    assert answer.code == 0, answer
+    lines = answer.out.splitlines()
+    assert lines[1].split()[1:] == ["1", "2:", "ingest,", "pretrain"]
+    assert lines[2].split()[1:] == ["2", "1:", "pretrain"], "ingest is the first point's"
+    assert "at most 3 stages" in answer.out
+    assert not (home / ".trunkline").exists()
 
 
 # ---- serve ----

@@ -91,3 +91,13 @@ def test_any_shape_becomes_the_square(size: tuple[int, int]) -> None:
 
 def test_preprocessing_survives_json() -> None:
     assert Preprocessing.from_dict(PREPROCESSING.to_dict()) == PREPROCESSING
+
+
+def test_the_same_damage_has_the_same_reason() -> None:
+    """The reason is part of ingest's output: an address in it would change the data with every run."""
+    caught = []
+    for _ in range(3):  # the errors are kept, so that no address is used twice
+        with pytest.raises(ImageError) as found:
+            decode(b"not an image", max_pixels=100)
+        caught.append(found)
+    assert {str(found.value) for found in caught} == {"not a readable image: no known format"}

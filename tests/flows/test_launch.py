@@ -39,6 +39,20 @@ def test_the_cause_is_not_the_process_that_was_interrupted_by_it(tmp_path: Path)
     assert launch._message(cause, "pretrain") == "pretrain: a shard is damaged"
 
 
+def test_the_cause_is_not_the_process_that_the_agent_terminated(tmp_path: Path) -> None:
+    terminated, killed = failure(tmp_path, 0, -signal.SIGTERM), failure(tmp_path, 1, -signal.SIGKILL, "", 6)
+    assert launch._cause([terminated, killed]) is killed
+
+
+def test_a_lost_machine_is_said_where_nothing_else_failed(tmp_path: Path) -> None:
+    lost, mistaken = (
+        failure(tmp_path, 0, 75, "pretrain: machine 1 is lost"),
+        failure(tmp_path, 1, 74, "disk", 6),
+    )
+    assert launch._message(launch._cause([lost]), "pretrain") == "pretrain: machine 1 is lost"
+    assert launch._cause([lost, mistaken]) is mistaken
+
+
 def test_among_equals_the_first_is_the_cause(tmp_path: Path) -> None:
     late, early = failure(tmp_path, 0, 12, "late", 9), failure(tmp_path, 1, 12, "early", 8)
     assert launch._cause([late, early]) is early

@@ -48,6 +48,10 @@ def test_every_recipe_is_a_valid_overlay(recipe: Path, raw_params: dict[str, Any
         ("scale.percentages=[100, 10]", "ascend"),
         ("ingest.val_fraction=0.9", "below 1"),
         ("parity.providers=[]", "`parity.providers"),
+        ("promotion.max_p95_ms=[1.0]", "1 limits for 3 latency_batch_sizes"),
+        ("promotion.latency_batch_sizes=[8, 1, 32]", "ascend"),
+        ("promotion.gain_rule=both", "'point' or 'lower'"),
+        ("promotion.confidence=1", "`promotion.confidence`"),
     ],
 )
 def test_a_wrong_value_is_named(setting: str, words: str, raw_params: dict[str, Any]) -> None:

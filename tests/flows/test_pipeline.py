@@ -6,15 +6,16 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_clone
 
-from flows import files, paths, pipeline, promotion, smoke, tracking, workspace
+from flows import decision, files, paths, pipeline, registration, smoke, tracking, workspace
+from flows.decision import Decision
 from flows.dvc_stage import StageFailed
+from flows.gates import Gate
 from flows.params import Params
 from flows.registry import Version
 
@@ -22,28 +23,19 @@ ROOT = Path(__file__).resolve().parents[2]
 ORDER = ["ingest", "pretrain", "finetune-scratch", "parity"]
 
 
-@pytest.fixture(scope="session")
-def prefect_server() -> Iterator[None]:
-    from prefect.testing.utilities import prefect_test_harness
-
-    with prefect_test_harness(server_startup_timeout=120):
-        yield
-
-
 @pytest.fixture
 def clone(home: Path, prefect_server: None, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A clone whose pipeline runs at once and delivers to a registry in memory."""
     champion = Version("trunkline-vision-digits", "1", ("champion",), {"onnx.digest": "abc"}, "nowhere")
-    gates = (promotion.Gate("accuracy", True, "fine"),)
+    made = Decision(champion, (Gate("quality", True, "fine"),), True, champion, "all gates passed")
 
     def report(root: Path, extra: dict[str, Any]) -> Path:
         files.write_json(root / paths.REPORT, extra)
         return root / paths.REPORT
 
-    monkeypatch.setattr(promotion, "register_export", lambda params, root, run: champion)
-    monkeypatch.setattr(
-        promotion, "decide", lambda params, root, version: promotion.Decision(version, gates, True, version)
-    )
+    monkeypatch.setattr(registration, "register_export", lambda params, root, run: champion)
+    monkeypatch.setattr(decision, "choose", lambda params, name, version: champion)
+    monkeypatch.setattr(decision, "decide", lambda params, root, version, **options: made)
     monkeypatch.setattr(smoke, "smoke_test", lambda params, root, version: smoke.SmokeResult(8, 7, 1.0))
     monkeypatch.setattr(pipeline, "build_report", report)
     monkeypatch.setattr(pipeline.run_stage, "retry_delay_seconds", [0, 0])
@@ -70,6 +62,9 @@ def test_a_run_executes_every_stage_and_the_next_none(clone: Path, home_params: 
     assert first["executed"] == ["ingest", "pretrain", "finetune@scratch", "parity"]
     assert first["metrics"]["pretrain"] == {"top1": 0.5}
     assert first["registry"]["aliases"] == ["champion"]
+    assert first["registry"]["gates"] == [
+        {"name": "quality", "passed": True, "reason": "fine", "figures": {}}
+    ]
     assert first["smoke"] == {"images": 8, "correct": 7, "seconds": 1.0}
     assert {outcome["receipt"]["run_id"] for outcome in first["stages"]} == {f"run-{name}" for name in ORDER}
 

@@ -1,4 +1,4 @@
-"""flows/plots.py: what is drawn, that it is drawn reproducibly, and that no global state is touched."""
+"""flows/plots: what is drawn, that it is drawn reproducibly, and that no global state is touched."""
 
 from __future__ import annotations
 
@@ -174,3 +174,32 @@ def test_import_is_light_and_pyplot_is_never_loaded() -> None:
         "plots.durations({'a': 1.0}, None); assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_traffic_pictures_say_what_they_show() -> None:
+    generator = np.random.default_rng(0)
+    first, second = (generator.standard_normal(size).astype(np.float32) for size in (300, 90))
+    names = ("held-out images", "served images")
+    even = np.full(5, 0.25, np.float32)  # a histogram without width
+    drawn = plots.distributions({"sharpness": (first, second), "black": (even, even)}, names, "svg")
+    assert {"sharpness", "black", "images, %", *names} <= set(texts(drawn))
+    assert drawn == plots.distributions({"sharpness": (first, second), "black": (even, even)}, names, "svg")
+
+    rows = [("embedding", 0.02, False), ("pixels", 0.4, True)]
+    assert {"embedding", "pixels", "monitor.min_effect"} <= set(texts(plots.effects(rows, 0.1, "svg")))
+
+    shares = np.full(100, 0.01)
+    moved = shares.copy()
+    moved[[3, 97]] = 0.05, 0.001
+    labels = [f"a rather long name of class {index}" for index in range(100)]
+    found = texts(plots.class_shares([f"c{index}" for index in range(100)], shares, moved, names, "svg"))
+    assert {"c3", "c97"} <= set(found)  # of many classes those that differ
+    assert sum(text.startswith("c") for text in found) == plots.MAX_CLASSES
+    assert "a rather long nam…" in texts(plots.class_shares(labels[:5], shares[:5], moved[:5], names, "svg"))
+
+    history = plots.traffic_history(
+        [2, 1, 0], {"pixels": [0.1, float("nan"), 0.3]}, [5.0] * 3, (0.1, 100), "svg"
+    )
+    assert {"pixels", "hours ago", "ms"} <= set(texts(history))
+    for picture in (drawn, history):
+        assert colours(picture) <= {colour.lower() for colour in plots.COLOURS}

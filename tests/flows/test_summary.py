@@ -50,7 +50,9 @@ LABELLED: dict[str, Any] = {
         "version": "3",
         "aliases": ["champion"],
         "promoted": True,
-        "gates": [{"name": "accuracy", "passed": True, "reason": "fine"}],
+        "refused": False,
+        "reason": "all gates passed",
+        "gates": [{"name": "parity", "passed": True, "reason": "fine"}],
     },
 }
 
@@ -90,6 +92,7 @@ def test_everything_is_told(summary: dict[str, Any]) -> None:
     ):
         assert words in text, words
     assert "not promoted" not in text
+    assert "gates parity passed" in text
 
 
 @pytest.mark.parametrize("width", [60, 80, 200])
@@ -113,11 +116,11 @@ def test_a_run_of_everything_does_not_list_all_names(summary: dict[str, Any]) ->
 
 def test_why_a_version_was_not_promoted(summary: dict[str, Any]) -> None:
     summary["registry"] |= {"aliases": ["challenger"], "promoted": False, "champion": "1"}
-    summary["registry"]["gates"].append(
-        {"name": "champion", "passed": False, "reason": "gain -0.0100 over version 1"}
-    )
+    summary["registry"] |= {"refused": True, "reason": "quality: gain -0.0100 over version 1"}
+    summary["registry"]["gates"].append({"name": "quality", "passed": False, "reason": "gain -0.0100 …"})
     text = flat(shown(summary))
-    assert "version 3 (challenger); not promoted: champion: gain -0.0100 over version 1" in text
+    assert "version 3 (challenger); not promoted: quality: gain -0.0100 over version 1" in text
+    assert "parity passed; quality failed" in text
     assert "--version 3" in text, "the champion is another model than this run's"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,25 @@ def executed(root: Path) -> list[str]:
     """Stages that have run in `root`, in order."""
     path = root / "executed"
     return path.read_text().split() if path.is_file() else []
+
+
+IGNORED = (
+    ".dvc/cache\n.dvc/tmp\n.trunkline\n.prefect\nmlflow.db*\nexecuted\n/artifacts/*\n!/artifacts/metrics/\n"
+)
+
+
+def commit(root: Path) -> None:
+    """Make the clone a git repository with one commit, which DVC's experiments need."""
+    (root / ".dvc/config").write_text("[core]\n    analytics = false\n")
+    (root / ".gitignore").write_text(IGNORED)
+    for command in (
+        ["init", "-q", "-b", "main"],
+        ["config", "user.name", "A Tester"],
+        ["config", "user.email", "tester@localhost"],
+        ["add", "-A"],
+        ["commit", "-q", "-m", "start"],
+    ):
+        subprocess.run(["git", *command], cwd=root, check=True)
 
 
 def change_params(folder: Path, changes: dict[str, Any]) -> Params:

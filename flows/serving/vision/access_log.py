@@ -6,6 +6,7 @@ cannot write is dropped and counted.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import sys
@@ -65,7 +66,8 @@ class AccessLog:
             return
         self._thread.join(timeout_s)
         if isinstance(self._handler, logging.FileHandler) and not self._thread.is_alive():
-            self._handler.close()
+            with contextlib.suppress(OSError):  # what could not be written is counted already
+                self._handler.close()
 
     def _failed(self, record: logging.LogRecord) -> None:
         if not self.dropped:

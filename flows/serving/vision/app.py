@@ -19,19 +19,19 @@ from typing import Any
 
 import numpy as np
 import orjson
-from starlette.applications import Starlette
+from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route
 
 from flows.serving.vision import descriptions, protocol
 from flows.serving.vision.access_log import AccessLog
 from flows.serving.vision.gateway import EXCHANGE, Gateway
 from flows.serving.vision.metrics import CONTENT_TYPE
 from flows.serving.vision.model import LoadedModel, softmax
-from flows.serving.vision.observing import OnBatch
+from flows.serving.vision.observing import OnBatch, OnRequest
 from flows.serving.vision.openapi import document
 from flows.serving.vision.service import Exchange, Limits, VisionService
 from flows.serving.vision.uploads import extract_image, prepare_image, read_body
@@ -47,21 +47,27 @@ def create_app(
     *,
     access_log: AccessLog | None = None,
     on_batch: OnBatch | None = None,
-) -> Starlette:
+    on_request: OnRequest | None = None,
+) -> FastAPI:
     """The ASGI application around one loaded model; `app.state.service` is its VisionService.
 
     Args:
         access_log: default: none.
         on_batch: sees every batch that was served, off the hot path; see `observing`.
+        on_request: told of every answered inference request; see `observing`.
     """
-    service = VisionService(model, limits, access_log=access_log, on_batch=on_batch)
+    service = VisionService(model, limits, access_log=access_log, on_batch=on_batch, on_request=on_request)
 
     @asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
         service.close()
 
-    app = Starlette(
+    # plain routes: the bodies are the protocol's own, so that validation by annotations has nothing to add
+    app = FastAPI(
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
         routes=_routes(service),
         middleware=[Middleware(Gateway, service=service)],
         exception_handlers={HTTPException: _unknown},
@@ -71,7 +77,7 @@ def create_app(
     return app
 
 
-def _routes(service: VisionService) -> list[Route]:
+def _routes(service: VisionService) -> list[BaseRoute]:
     named = "/v2/models/{name}"
     both = (named + "/versions/{version}", named)
     return [  # the busy ones first

@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 from flows.errors import DataError
 from flows.imaging import ImageError, decode, preprocess
 from flows.params import Serve
+from flows.placement import pick, read_placement
 from flows.serving.golden import Golden, compare, read_golden
 from flows.serving.package import Manifest, ModelPackage, TensorSpec
-from flows.serving.session import LOGITS, Session, open_session
+from flows.serving.session import LOGITS, Session, available_threads, open_session, working_providers
 
 
 @dataclass(frozen=True)
@@ -127,8 +128,9 @@ def load_model(release: Release, settings: Serve, max_pixels: int) -> LoadedMode
         ResourceError: an execution provider is missing.
     """
     package = ModelPackage.open(release.folder, digest=release.digest)
-    variant = "fp32" if settings.variant == "auto" else settings.variant
-    session = open_session(package.path(variant), settings.providers, settings.threads)
+    plan = plan_for(release.folder, package, settings)
+    variant = plan.variant
+    session = open_session(package.path(variant), plan.providers, plan.threads)
     manifest = package.manifest
     if session.image_shape != manifest.inputs[0].shape[1:]:
         raise DataError(f"{session.path} takes images {session.image_shape}, its manifest says otherwise")
@@ -136,12 +138,56 @@ def load_model(release: Release, settings: Serve, max_pixels: int) -> LoadedMode
         package,
         session,
         ServedModel(release.name or manifest.name, release.version, variant, release.git_commit),
-        max_batch=settings.max_batch,
-        max_wait_ms=settings.max_wait_ms,
+        max_batch=plan.max_batch,
+        max_wait_ms=plan.max_wait_ms,
+        placement=plan.placement,
     )
     session.warm_up(sorted({1, model.max_batch}))
     replay_golden(model, read_golden(release.folder), settings, max_pixels)
     return model
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a model is run: as params.yaml says, or its placement."""
+
+    variant: str
+    providers: Literal["auto"] | list[str]
+    threads: int
+    max_batch: int
+    max_wait_ms: float
+    placement: Mapping[str, Any] | None  # for /healthz; None: the placement was not asked
+
+
+def plan_for(folder: Path, package: ModelPackage, settings: Serve) -> Plan:
+    """With `serve.variant: auto` as placement.json says for the first provider that works here and was
+    measured; `serve.max_batch`, `serve.threads` and the cores of this machine stay upper bounds.
+
+    Raises:
+        DataError: the placement is missing, was made for something else, or has no provider of this machine.
+    """
+    if settings.variant != "auto":
+        plain = settings.providers, settings.threads, settings.max_batch, settings.max_wait_ms
+        return Plan(settings.variant, *plain, None)
+    placement = read_placement(folder)
+    if placement is None:
+        raise DataError(f"serve.variant is auto, but {folder} has no placement.json; name fp32 or int8")
+    providers = settings.providers
+    present = working_providers(package.path("fp32")) if providers == "auto" else list(providers)
+    choice = pick(placement, present)
+    if choice is None:
+        raise DataError(
+            f"placement.json has no choice for {', '.join(present)} within its limits; name fp32 or int8 in "
+            "serve.variant"
+        )
+    return Plan(
+        choice.variant,
+        [choice.provider],
+        min(settings.threads or choice.threads, choice.threads, available_threads()),
+        min(settings.max_batch, choice.max_batch),
+        choice.max_wait_ms,
+        {"measured_on": placement["hardware"]["processor"], "table_sha256": placement["table_sha256"]},
+    )
 
 
 def replay_golden(model: LoadedModel, golden: list[Golden], settings: Serve, max_pixels: int) -> None:

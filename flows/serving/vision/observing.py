@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from flows.serving.vision.model import ServedModel
+
 CAPACITY = 8  # batches that may wait for the listener; each keeps its images in memory
 
 
@@ -31,6 +33,9 @@ class BatchInfo:
 
 OnBatch = Callable[[NDArray[np.float32], dict[str, NDArray[np.float32]], BatchInfo], None]
 """Images as the network saw them, (n, 3, S, S), and its outputs by name, rows in the same order."""
+OnRequest = Callable[[ServedModel, int, float], None]
+"""The model that answered an inference request, the status, the seconds it took. Called on the event loop, so
+it must not wait."""
 _Item = tuple[NDArray[np.float32], dict[str, NDArray[np.float32]], BatchInfo]
 
 

@@ -12,6 +12,7 @@ import signal
 import socket
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -24,7 +25,7 @@ from flows.params import Serve
 from flows.serving.vision.access_log import AccessLog
 from flows.serving.vision.app import create_app
 from flows.serving.vision.model import Release, load_model
-from flows.serving.vision.observing import OnBatch
+from flows.serving.vision.observing import OnBatch, OnRequest
 from flows.serving.vision.service import Limits, VisionService
 
 BACKLOG = 128
@@ -45,6 +46,7 @@ def serve(
     digest: str | None = None,
     companion: Companion | None = None,
     on_batch: OnBatch | None = None,
+    on_request: OnRequest | None = None,
 ) -> None:
     """Serve the model package in `folder` until SIGINT or SIGTERM; then answer what is in flight and return.
 
@@ -57,6 +59,7 @@ def serve(
         digest: content digest of variant fp32 in the registry; another one is refused.
         companion: entered around serving, with the service whose model it may switch.
         on_batch: sees every batch that was served, off the hot path.
+        on_request: told of every answered inference request.
 
     Raises:
         ResourceError: the port is taken or not allowed, an execution provider is missing, or the access log
@@ -64,11 +67,17 @@ def serve(
         ConfigError: the host is not an address of this machine.
         DataError: the package is damaged, not the one that was asked for, or fails its golden requests.
     """
+    # what Pillow remarks on damaged uploads would fill the log; what it cannot read is answered with 4xx
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
     with listening_socket(settings.host, settings.port) as listener:
         release = Release(folder, version, git_commit, name, digest)
         model = load_model(release, settings, max_pixels)
         app = create_app(
-            model, Limits.of(settings, max_pixels), access_log=_access_log(settings), on_batch=on_batch
+            model,
+            Limits.of(settings, max_pixels),
+            access_log=_access_log(settings),
+            on_batch=on_batch,
+            on_request=on_request,
         )
         service: VisionService = app.state.service
         server = _Server(
@@ -76,6 +85,7 @@ def serve(
                 app,
                 log_level="warning",
                 access_log=False,
+                proxy_headers=False,  # X-Forwarded-For is the client's word
                 limit_concurrency=settings.max_requests + IDLE_CONNECTIONS,
                 timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=CUT_OFF_S,

@@ -25,7 +25,7 @@ from flows.serving.vision.access_log import OFF, AccessLog
 from flows.serving.vision.batching import Batch, Batcher, Expired, QueueFull, Stopped, Work
 from flows.serving.vision.metrics import Metrics
 from flows.serving.vision.model import LoadedModel, Release, load_model
-from flows.serving.vision.observing import BatchInfo, Observer, OnBatch
+from flows.serving.vision.observing import BatchInfo, Observer, OnBatch, OnRequest
 from flows.serving.vision.protocol import RequestError
 from flows.serving.vision.uploads import CLOSE
 
@@ -98,11 +98,13 @@ class VisionService:
         *,
         access_log: AccessLog | None = None,
         on_batch: OnBatch | None = None,
+        on_request: OnRequest | None = None,
     ) -> None:
         self.model = model
         self.limits = limits
         self.metrics = Metrics()
         self.access_log = access_log or AccessLog(OFF, 0, 0)
+        self.on_request = on_request
         self.observer = Observer(on_batch) if on_batch is not None else None
         self.batcher = Batcher(limits.queue_images, self._count_batch)
         self.rollout = RolloutState(None, "fixed", "", utc_now())

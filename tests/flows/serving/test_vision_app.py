@@ -8,6 +8,7 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 from unittest.mock import ANY
 
@@ -21,6 +22,8 @@ from serving_workspace import Exported
 
 from flows.imaging import decode, preprocess
 from flows.serving.session import Session
+from flows.serving.statistics import pixel_statistics
+from flows.serving.traffic import TrafficRecorder, read_window, traffic_folder
 from flows.serving.vision import uploads
 from flows.serving.vision.app import create_app
 from flows.serving.vision.model import softmax
@@ -501,3 +504,40 @@ def test_a_bug_is_answered_without_its_details(
         message = error_of(client.post("/v1/classify", content=exported.encoded[0]), 500)
     assert "secret" not in message
     assert "secret detail" in caplog.text
+
+
+def test_traffic_of_both_routes_is_recorded_by_the_model_that_answered(
+    exported: Exported, session: Session, tmp_path: Path
+) -> None:
+    """What the monitor reads: images as the network saw them, statuses of inference requests only."""
+    settings = exported.params.monitor.model_copy(update={"max_images_per_s": 1e6})
+    recorder = TrafficRecorder(tmp_path, settings, lambda name, version: exported.package)
+    app = create_app(
+        loaded(exported, session), LIMITS, on_batch=recorder.on_batch, on_request=recorder.on_request
+    )
+    with TestClient(app) as client:
+        for data in exported.encoded:
+            assert client.post("/v1/classify", content=data).status_code == 200
+        assert client.post(INFER, json=tensor(exported.images[:5])).status_code == 200
+        assert client.post("/v1/classify", content=b"no image").status_code == 415
+        assert client.post("/v2/models/other/infer", json={}).status_code == 404
+        client.get("/healthz")
+    recorder.close()
+
+    package = exported.package
+    assert package.manifest.reference is not None
+    digest = package.variant("fp32").digest
+    window = read_window(
+        traffic_folder(tmp_path, "digits", "3", digest), 0, 1e12, package.manifest.reference.sha256
+    )
+    assert window.images == len(exported.encoded) + 5
+    assert window.statuses == {200: len(exported.encoded) + 1, 415: 1, 404: 1}
+    assert 0 < window.latency_ms(0.5) < 60_000
+    assert window.records is not None
+    preprocessing = package.manifest.preprocessing
+    images = np.stack(
+        [preprocess(decode(data, max_pixels=10**6), preprocessing) for data in exported.encoded]
+    )
+    served = window.records.pixels[: len(images)]
+    np.testing.assert_allclose(served, pixel_statistics(images), rtol=1e-5, atol=1e-6)
+    assert window.records.predicted.tolist()[-5:] == session.run(exported.images[:5]).argmax(axis=1).tolist()

@@ -64,6 +64,7 @@ def save_network(scale: float = 1.0, **changes: Any) -> Classifier:
         "classes": tuple(data.classes),
         "preprocessing": preprocessing_for(data, params.model),
         "data_digest": data.digest,
+        "start_sha256": "",
         **changes,
     }
     save_classifier(paths.FINETUNE / "pretrained", model, ClassifierConfig(**fields))

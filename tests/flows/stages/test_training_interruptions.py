@@ -6,6 +6,7 @@ Starting a process costs seconds, so one history of interrupted attempts serves 
 
 from __future__ import annotations
 
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -13,13 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import network
 import psutil
 import pytest
 import training_workspace as workspaces
+from network import Host, Network
 from training_workspace import Attempt
 
 from flows import files, params, ports, tracking
 
+PEER_TIMEOUT_S = 8
 SOON_S = 20.0
 """Far above the second or two it takes, far below the time training would still need, agents' patience
 included."""
@@ -129,6 +133,92 @@ def pair(ingested: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[H
         history.close()
 
 
+@dataclass
+class Machines:
+    """A run on two hosts with a clone each, which share artifacts/ and scratch, and the hosts' attempts."""
+
+    workspaces: list[Path]
+    network: Network
+    attempts: dict[str, list[Attempt]]
+    codes: dict[str, list[int]]
+    seconds: dict[str, float]
+
+    @property
+    def hosts(self) -> list[Host]:
+        return self.network.hosts
+
+    def start(self, name: str, number: int, master: str = "") -> Attempt:
+        """One host's part of an attempt."""
+        attempt = Attempt(
+            self.workspaces[number],
+            "pretrain",
+            prefix=self.hosts[number].command,
+            PIPELINE_SCRATCH=str(self.workspaces[0] / "scratch"),
+            TRUNKLINE_TORCHRUN=f"--nnodes 2 --node-rank {number} --nproc-per-node 1 --master-port 29500 "
+            f"--master-addr {master or self.hosts[0].address}",
+        )
+        self.attempts.setdefault(name, []).append(attempt)
+        return attempt
+
+    def end(self, name: str) -> None:
+        """Note how the attempt ended on each host and how long that took from now."""
+        started = time.monotonic()
+        self.codes[name] = [attempt.wait() for attempt in self.attempts[name]]
+        self.seconds[name] = time.monotonic() - started
+        print(f"two hosts: {name}: exit codes {self.codes[name]} after {self.seconds[name]:.1f} s")
+
+    def close(self) -> None:
+        for attempt in [attempt for group in self.attempts.values() for attempt in group]:
+            attempt.close()
+
+
+@pytest.fixture(scope="module")
+def machines(ingested: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
+    """Two hosts: the second comes late; the network is away for a moment; the second is killed; the network
+    stays away; then they are left alone."""
+    if reason := network.why_not():
+        pytest.skip(reason)
+    folder = tmp_path_factory.mktemp("machines")
+    change = {"distributed": {"rendezvous_timeout_s": 120, "peer_timeout_s": PEER_TIMEOUT_S}}
+    first = workspaces.copy(ingested, folder / "first", change)
+    second = folder / "second"
+    second.mkdir()
+    for name in ("flows", "models", "params.yaml", "artifacts"):
+        (second / name).symlink_to(first / name)
+    with Network(2) as joined:
+        run = Machines([first, second], joined, {}, {}, {})
+        try:
+            leader = run.start("killed", 0)
+            time.sleep(3.0)  # it is waiting for the other one, or about to
+            follower = run.start("killed", 1)
+            leader.wait_for_step(9)
+            joined.unplug(run.hosts[1])
+            time.sleep(PEER_TIMEOUT_S / 3)
+            joined.plug_in(run.hosts[1])
+            leader.wait_for_step(last_step(leader) + 3)
+            follower.kill()
+            run.end("killed")
+
+            leader, _ = run.start("cut", 0), run.start("cut", 1)
+            leader.wait_for_step(36)
+            joined.unplug(run.hosts[1])
+            run.end("cut")
+            joined.plug_in(run.hosts[1])
+
+            for number in (1, 0):
+                run.start("last", number)
+            run.end("last")
+            yield run
+        finally:
+            run.close()
+
+
+def last_step(attempt: Attempt) -> int:
+    return max(
+        int(found[1]) for line in attempt.lines if (found := re.search(r" step (\d+)/\d+  loss", line))
+    )
+
+
 def assert_equal(history: History) -> None:
     for name in ("last", "undisturbed"):
         assert history.codes[name] == 0, history.attempts[name].output
@@ -194,6 +284,41 @@ def test_the_second_machine_writes_nothing(pair: History) -> None:
     assert pair.attempts["machine 1"].lines == []
     receipt = files.read_json(pair.undisturbed / "artifacts" / "receipts" / "pretrain.json")
     assert receipt["stage"] == "pretrain"
+
+
+def test_two_disturbed_hosts_end_like_an_undisturbed_pair(machines: Machines, pair: History) -> None:
+    assert machines.codes["last"] == [0, 0], machines.attempts["last"][1].output
+    assert workspaces.weights(machines.workspaces[0]) == workspaces.weights(pair.undisturbed)
+    assert workspaces.curves(machines.workspaces[0]) == workspaces.curves(pair.undisturbed)
+
+
+def test_a_host_that_was_killed_ends_the_other_with_one_line(machines: Machines) -> None:
+    survivor, _ = machines.attempts["killed"]
+    assert machines.codes["killed"] == [75, -signal.SIGKILL]
+    assert machines.seconds["killed"] < SOON_S
+    (line,) = workspaces.errors(survivor)
+    assert "a training process on another machine ended or cannot be reached" in line
+    assert "it continues from the last checkpoint" in line
+    assert "Traceback" not in survivor.output
+
+
+def test_a_network_that_stays_away_ends_both_hosts(machines: Machines) -> None:
+    """No connection is closed there: without a sign of life nobody would know for half an hour."""
+    assert machines.codes["cut"] == [75, 75]
+    for number, attempt in enumerate(machines.attempts["cut"]):
+        (line,) = workspaces.errors(attempt)
+        assert f"machine {1 - number} of 0-1 has not been heard of for" in line
+        assert "Traceback" not in attempt.output
+    assert machines.seconds["cut"] < PEER_TIMEOUT_S + SOON_S
+
+
+def test_hosts_resume_where_the_last_checkpoint_was(machines: Machines) -> None:
+    began = {
+        name: int(leader.wait_for(r"resume: step (\d+) from")[1])
+        for name, leader in (("cut", machines.attempts["cut"][0]), ("last", machines.attempts["last"][1]))
+    }
+    assert 10 <= began["cut"] < began["last"]
+    assert machines.attempts["last"][0].lines == [], "the second host writes nothing"
 
 
 def test_a_killed_worker_ends_the_others_with_one_line(pair: History) -> None:

@@ -3,18 +3,21 @@ learns."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import training_workspace as workspaces
+from forked import in_processes
 from safetensors.torch import load_file
 
 import models
-from flows import params, paths
+from flows import files, params, paths
+from flows.classifiers import load_config
 from flows.data import ImageDataset, even_eval_batches, load_manifest, preprocessing_for, to_model_input
-from flows.errors import DataError
+from flows.errors import DataError, Interrupted
 from flows.stage import Stage
 from flows.stages import finetune, pretrain
 from models.classification import Classifier
@@ -119,8 +122,35 @@ def test_accumulation_and_a_second_process_change_nothing(enter: Any) -> None:
         assert norms[1] == pytest.approx(norms[0], rel=1e-2)
 
 
+def test_pretraining_on_two_then_one_then_two_processes_loses_like_on_one(enter: Any) -> None:
+    """Images, crops and masks are those of the step, however it is divided."""
+    training = {**SHORT, "steps": 12, "zero_stage": 2, "checkpoint_every": 6}
+    whole = pretrained(enter, "whole", **training)
+    folder = enter({"pretrain": {"training": training}}, "elastic")
+    for count, steps in ((2, 4), (1, 4)):
+        for answer in in_processes(count, pretrain_for, folder, steps):
+            assert "the same command continues there" in str(answer), answer
+    assert in_processes(2, pretrain_for, folder, 12) == ["done", "done"]
+    assert losses(folder) == pytest.approx(losses(whole), rel=1e-4)
+    assert val_losses(folder) == pytest.approx(val_losses(whole), rel=1e-4)
+    assert list((folder / "scratch" / "pretrain").iterdir()) == []
+
+
+def pretrain_for(folder: Path, steps: int) -> str:
+    """A process that pretrains in `folder` and is asked to stop after so many steps."""
+    os.chdir(folder)
+    os.environ |= workspaces.environment(folder)
+    stage = Stage("pretrain")
+    asked = iter(range(1, 1000))
+    stage.stop_requested = lambda: next(asked) > steps  # type: ignore[method-assign]
+    try:
+        pretrain.run(params.load(), stage)
+    except Interrupted as interrupted:
+        return str(interrupted)
+    return "done"
+
+
 def test_the_control_counts_its_parameters_also_when_they_are_partitioned(enter: Any) -> None:
-    from flows import files
 
     folder = finetuned(enter, zero_stage=3)
     counted = files.read_json(folder / paths.METRICS / "finetune-scratch.json")["parameters"]
@@ -173,6 +203,8 @@ def test_pretraining_beats_constant_predictions_and_finetuning_beats_chance(ente
     assert learnt < 0.93 * float((images - mean_image)[hidden].abs().mean())
 
     finetune.run(checked, Stage("finetune", "pretrained"))
+    start = load_config(paths.FINETUNE / "pretrained").start_sha256
+    assert start == files.sha256_file(paths.PRETRAIN / "model.safetensors"), "a link of the chain of custody"
     chance = 0.1
     assert metric("finetune-pretrained", "val_top1") > 4 * chance
 
@@ -193,7 +225,6 @@ def opened(checked: params.Params) -> tuple[ImageDataset, Any]:
 
 
 def metric(stage: str, name: str) -> float:
-    from flows import files
 
     return float(files.read_json(paths.METRICS / f"{stage}.json")[name])
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,13 +89,21 @@ def environment(workspace: Path, **variables: str) -> dict[str, str]:
 class Attempt:
     """One execution of a stage's command, in a process group of its own, with its output as it comes."""
 
-    def __init__(self, workspace: Path, *arguments: str, parent: bool = False, **variables: str) -> None:
+    def __init__(
+        self,
+        workspace: Path,
+        *arguments: str,
+        parent: bool = False,
+        prefix: Sequence[str] = (),
+        **variables: str,
+    ) -> None:
         """
         Args:
             arguments: of `flows.launch`.
             parent: start it below a shell that stands for DVC.
+            prefix: a command that becomes the one behind it, somewhere else.
         """
-        command = [sys.executable, "-m", "flows.launch", *arguments]
+        command = [*prefix, sys.executable, "-m", "flows.launch", *arguments]
         if parent:
             command = ["sh", "-c", '"$@" & echo "stage is $!"; wait $!; exit $?', "dvc", *command]
             variables = {"DVC_STAGE": "pretrain", **variables}

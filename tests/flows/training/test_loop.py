@@ -2,95 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from small_training import TARGET, Net, run, samples, training
 
 from flows import files
 from flows.errors import Diverged, Interrupted, ResourceError
-from flows.params import Training
-from flows.training import Checkpoints, Job, Processes, Result, group_parameters, initialize_processes, train
-
-TARGET = torch.tensor([[1.0, -2.0, 0.5, 3.0]])
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(4, 16)
-        self.second = nn.Linear(16, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.second(nn.functional.dropout(torch.relu(self.first(x)), 0.1, self.training))
-
-
-def training(raw: dict[str, Any], **change: Any) -> Training:
-    base = {
-        **raw["pretrain"]["training"],
-        "steps": 30,
-        "batch_size": 8,
-        "threads": 1,
-        "lr": 0.1,
-        "warmup_steps": 3,
-        "log_every": 5,
-        "validate_every": 10,
-        "checkpoint_every": 10,
-    }
-    return Training.model_validate({**base, **change})
-
-
-def batch(step: int, micro: int, size: int) -> torch.Tensor:
-    return torch.randn(size, 4, generator=torch.Generator().manual_seed(step * 100 + micro))
-
-
-def run(
-    folder: Path,
-    settings: Training,
-    stop_at: int | None = None,
-    spoil_at: int | None = None,
-    make: Callable[[], nn.Module] = Net,
-    **job: Any,
-) -> Result:
-    """Train from scratch or resume in `folder`; `stop_at` asks to stop after so many steps of it."""
-    processes = initialize_processes(settings)
-    taken = 0
-
-    def batches(start: int) -> Iterator[torch.Tensor]:
-        nonlocal taken
-        for step in range(start, settings.steps):
-            taken += 1
-            for micro in range(settings.accumulation):
-                yield batch(step, micro, settings.batch_size // settings.accumulation)
-
-    def loss(engine: Any, x: torch.Tensor) -> torch.Tensor:
-        value = (engine(x) - x @ TARGET.T).square().mean()
-        return value * float("nan") if spoil_at is not None and taken > spoil_at else value
-
-    def validate(engine: Any) -> dict[str, float]:
-        x = batch(10_000, 0, 64)
-        return {"val_loss": float((engine(x) - x @ TARGET.T).square().mean())}
-
-    torch.manual_seed(0)
-    model = make()
-    described = Job(
-        name="test",
-        model=model,
-        settings=settings,
-        seed=1,
-        groups=group_parameters(model, settings.weight_decay, lambda name, parameter: parameter.ndim == 1),
-        batches=batches,
-        loss=loss,
-        validate=validate,
-        stop_requested=lambda: stop_at is not None and taken >= stop_at,
-        **job,
-    )
-    checkpoints = Checkpoints(folder, processes)
-    with checkpoints.hold():
-        return train(described, processes, checkpoints)
+from flows.training import Checkpoints, Processes, Result, group_parameters
 
 
 def same(left: Result, right: Result) -> bool:
@@ -150,7 +71,7 @@ def test_accumulation_equals_one_large_batch(tmp_path: Path, raw_params: dict[st
     model = Plain()
     torch.manual_seed(0)
     model = Plain()
-    x = torch.cat([batch(0, 0, 4), batch(0, 1, 4)])
+    x = samples(0, 8)
     (model(x) - x @ TARGET.T).square().mean().backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_grad)
     torch.optim.AdamW(
@@ -184,9 +105,16 @@ def test_a_checkpoint_that_does_not_restore_is_refused(tmp_path: Path, raw_param
     with pytest.raises(Interrupted):
         run(tmp_path, settings, stop_at=12)
     marker = tmp_path / "step-00000012" / "complete.json"
-    files.write_json(marker, {**files.read_json(marker), "weights_checksum": 123.0})
-    with pytest.raises(ResourceError, match="did not restore"):
-        run(tmp_path, settings)
+    written = files.read_json(marker)
+    for change, words in (
+        ({"state": {**written["state"], "weights": [123.0, 456.0]}}, "did not restore .* weights .* of 123"),
+        ({"probe": 1.001 * written["probe"]}, "restored weights whose loss is"),
+    ):
+        files.write_json(marker, {**written, **change})
+        with pytest.raises(ResourceError, match=words):
+            run(tmp_path, settings)
+    files.write_json(marker, written)
+    assert run(tmp_path, settings).began.startswith("resume: step 12")
 
 
 def test_nan_stops_before_it_is_saved(tmp_path: Path, raw_params: dict[str, Any]) -> None:
