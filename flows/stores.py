@@ -99,14 +99,15 @@ def alone_with_schema(uri: str) -> Iterator[None]:
 def _postgres(uri: str) -> Iterator[Any]:
     import sqlalchemy
 
-    driver = "extra `postgres`: pip install 'trunkline[postgres]'"
     try:
         engine = sqlalchemy.create_engine(
             uri, connect_args={"connect_timeout": CONNECT_S}, poolclass=sqlalchemy.pool.NullPool
         )
         connection = engine.connect()
     except ModuleNotFoundError as error:
-        raise ResourceError(f"it needs the {driver} ({error})") from None
+        raise ResourceError(
+            f"{error}; begin it with postgresql+psycopg:// and pip install --editable '.[postgres]'"
+        ) from None
     except sqlalchemy.exc.OperationalError as error:
         reason = without_password(" ".join(str(error.orig).split()), uri)
         if any(words in reason for words in ABSENT):

@@ -63,9 +63,12 @@ class Run:
 
 
 class MlflowRun(Run):
-    """A run in the tracking store. What is logged is written to disk and sent in the background, so neither a
-    slow nor an absent store holds up the work (flows.spool). `run_id` begins with `PENDING` until the store
-    has been reached to make the run; the rest is the run's tag `SPOOL_TAG` for ever."""
+    """A run in the tracking store. What is logged goes to disk and is sent in the background (flows.spool):
+    neither a slow nor an absent store holds up the work.
+
+    `run_id` begins with `PENDING` until the store has been reached to make the run; the rest is its tag
+    `SPOOL_TAG` for ever.
+    """
 
     def __init__(
         self, params: Params, run_id: str = "", create: Mapping[str, Any] | None = None, at_once: bool = False

@@ -246,24 +246,7 @@ def entries() -> list[dict[str, Any]]:
     return list(params.read(ROOT / "prefect.yaml")["deployments"])
 
 
-# until flows/promotion.py:promotion, flows/monitor.py and the pipeline's `promote` are there; strict, so that
-# a name that stays here too long fails
-NOT_YET = {"nightly", "promote", "monitor"}
-
-
-@pytest.mark.parametrize(
-    "entry",
-    [
-        pytest.param(
-            entry,
-            id=entry["name"],
-            marks=[pytest.mark.xfail(strict=True, reason="not there yet")]
-            if entry["name"] in NOT_YET
-            else [],
-        )
-        for entry in entries()
-    ],
-)
+@pytest.mark.parametrize("entry", entries(), ids=lambda entry: str(entry["name"]))
 def test_the_entrypoint_of_each_deployment_exists_and_takes_its_parameters(entry: dict[str, Any]) -> None:
     import importlib
 
