@@ -187,10 +187,7 @@ def _used_md5(subject: Subject, stage: str, path: Path) -> str:
 
 def _export_md5(folder: Path) -> str:
     package = ModelPackage.open(folder, variants=())
-    names = [MANIFEST]
-    for variant in package.manifest.variants.values():
-        names += [variant.file, *(str(part["file"]) for part in variant.external)]
-    return dvc_hash.tree_md5({name: dvc_hash.file_md5(folder / name) for name in names})
+    return dvc_hash.tree_md5({name: dvc_hash.file_md5(folder / name) for name in package.file_names()})
 
 
 def _checkpoint_link(subject: Subject, manifest: dict[str, Any]) -> Link:

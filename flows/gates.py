@@ -27,7 +27,7 @@ from flows.registration import PARITY, PLACEMENT, PLACEMENT_SEAL, SEALED
 from flows.registry import Version
 from flows.serving import golden
 from flows.serving.measure import MEGABYTE, measure_variant, processor_name
-from flows.serving.package import MANIFEST, ModelPackage
+from flows.serving.package import ModelPackage
 from flows.serving.session import available_threads, working_providers
 
 PARITY_RELATIONS = {
@@ -136,10 +136,7 @@ def check_integrity(candidate: Candidate, champion: Version | None) -> tuple[str
 
 def export_md5(package: ModelPackage) -> str:
     """What dvc.lock holds for the export stage's folder, from the registered files."""
-    names = [MANIFEST]
-    for variant in package.manifest.variants.values():
-        names += [variant.file, *(str(part["file"]) for part in variant.external)]
-    return tree_md5({name: file_md5(package.folder / name) for name in names})
+    return tree_md5({name: file_md5(package.folder / name) for name in package.file_names()})
 
 
 # ---- parity ------------------------------------------------------------------------------------------------

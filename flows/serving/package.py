@@ -173,6 +173,14 @@ class ModelPackage:
             )
         return package
 
+    def file_names(self) -> list[str]:
+        """Every file that the export stage wrote into the folder; a registered one holds more."""
+        manifest = self.manifest
+        names = [MANIFEST, *([manifest.reference.file] if manifest.reference else [])]
+        for variant in manifest.variants.values():
+            names += [variant.file, *(str(part["file"]) for part in variant.external)]
+        return names
+
     def variant(self, name: str) -> Variant:
         """
         Raises:
