@@ -89,10 +89,15 @@ def train(job: Job[Any], processes: Processes, checkpoints: Checkpoints) -> Resu
     """Train to `job.settings.steps` and return consolidated weights and curves.
 
     Raises:
+        ConfigError: the processes divide a step differently, or there is nothing to continue from.
         Diverged: the loss is not finite; the last checkpoint stays.
         Interrupted: `job.stop_requested` became true; a checkpoint was written.
     """
     settings = job.settings
+    if len(set(processes.gather(settings.accumulation))) > 1:  # not part of what names a run
+        raise ConfigError(
+            f"`{job.name}.training.accumulation` is not the same on all machines; make it equal"
+        )
     engine = build_engine(job.model, build_adamw(job.model, job.groups, settings), settings, processes)
     state, began, path = _begin(job, engine, checkpoints, processes)
     progress = Progress(job.label or job.name, settings.steps, processes.is_main)

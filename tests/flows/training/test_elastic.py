@@ -274,6 +274,20 @@ def test_processes_that_would_train_something_else_are_refused(
     assert in_processes(2, hold, tmp_path, ["a", "a"], settings, 1, 1.0) == ["held", "held"]
 
 
+def part_with_own_accumulation(folder: Path, settings: Training) -> Result | str:
+    rank = int(os.environ["RANK"])
+    return part(folder, settings.model_copy(update={"accumulation": 1 + rank}))
+
+
+def test_machines_that_divide_a_step_differently_are_refused(
+    tmp_path: Path, raw_params: dict[str, Any]
+) -> None:
+    """They would wait for one another: accumulation does not name a run."""
+    for answer in in_processes(2, part_with_own_accumulation, tmp_path, training(raw_params)):
+        assert isinstance(answer, ConfigError), answer
+        assert "`test.training.accumulation` is not the same" in str(answer)
+
+
 def test_machines_that_do_not_share_the_folder_are_refused(
     tmp_path: Path, raw_params: dict[str, Any]
 ) -> None:
