@@ -112,7 +112,12 @@ class Installation:
         }
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(self.clone)], check=True)
         services = {"prefect_port": self.prefect_port, "mlflow_port": self.mlflow_port}
-        self.change_params(merge_all(SHORT, {"services": services, "serve": {"port": self.vision_port}}))
+        own = {
+            "services": services,
+            "serve": {"port": self.vision_port, "poll_s": 1.0},
+            "rollout": {"servers": [f"http://127.0.0.1:{self.vision_port}"]},
+        }
+        self.change_params(merge_all(SHORT, own))
 
     def change_params(self, change: dict[str, Any]) -> None:
         """Edit and commit params.yaml, as a person would."""
