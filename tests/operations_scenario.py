@@ -104,6 +104,7 @@ class Installation:
         inherited = {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
         self.environment = {
             **inherited,
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{inherited['PATH']}",  # dvc runs `python`
             "PYTHONPATH": str(self.clone),
             "TMPDIR": str(self.temporary),
             "NO_COLOR": "1",
