@@ -174,7 +174,9 @@ def _send(params: Params, kept: spool.Spool, records: list[spool.Record]) -> Non
                     connection.log_batch(run_id, tags=[RunTag(*pair) for pair in record["values"]])
                 case "artifact":
                     _send_file(connection, run_id, Path(record["path"]), record["folder"])
-                case "end":
+                case "abandoned" if connection.get_run(run_id).info.status != "RUNNING":
+                    pass  # a later attempt has gone on with this run and ended it
+                case "end" | "abandoned":
                     connection.set_terminated(run_id, status=record["status"], end_time=record["time"])
         metrics = [
             Metric(*value) for record in records if record["op"] == "metrics" for value in record["values"]
@@ -241,7 +243,7 @@ def deliver_leftovers(params: Params) -> tuple[int, int]:
             continue
         try:
             if not kept.ends():
-                kept.append({"op": "end", "status": "KILLED", "time": int(time.time() * 1000)})
+                kept.append({"op": "abandoned", "status": "KILLED", "time": int(time.time() * 1000)})
             spool.deliver_all(kept, functools.partial(_send, params))
         except BaseException:
             kept.close()
@@ -291,7 +293,12 @@ def client(params: Params) -> Any:
     # MLflow's own patience is several minutes per call
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(params.tracking.timeout_s))
-    return _client(uri)
+    connected = _client(uri)
+    import mlflow
+
+    if mlflow.get_tracking_uri() != uri:  # some calls of MLflow know the global store only
+        mlflow.set_tracking_uri(uri)
+    return connected
 
 
 @functools.cache

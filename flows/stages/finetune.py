@@ -77,9 +77,9 @@ def run(params: Params, stage: Stage) -> None:
     torch.manual_seed(params.seed)  # before the model: the head starts equal in both cells
     model = build_model(params, num_classes)
     weights = paths.PRETRAIN / "model.safetensors" if stage.cell == "pretrained" else None
-    start_sha256 = files.sha256_file(weights) if weights else ""
     if weights is not None:
         load_backbone(model, weights)
+    start_sha256 = files.sha256_file(weights) if weights else ""
 
     augmentation = Augmentation(params.model.image_size, settings.crop_scale, flip=settings.flip)
     micro_batch = micro_batch_size(training, processes.world_size)
