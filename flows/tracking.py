@@ -444,10 +444,11 @@ def continued_run(
     connection = client(params)
     experiment = _experiment_id(connection, f"{params.tracking.experiment}/{kind}", artifact_root(params))
     known = run_id and connection.search_runs([experiment], f"attributes.run_id = '{run_id}'", max_results=1)
-    create = {"kind": kind, "name": name, "tags": {}, "time": int(time.time() * 1000)}
+    told = {**provenance_tags(), **tags}  # from the first moment: by them a killed attempt's run is found
+    create = {"kind": kind, "name": name, "tags": told, "time": int(time.time() * 1000)}
     with _ended(MlflowRun(params, run_id if known else "", create, at_once=True)) as run:
         connection.update_run(run.run_id, status="RUNNING")
-        run.set_tags({**provenance_tags(), **tags})
+        run.set_tags(told)
         yield run
 
 
