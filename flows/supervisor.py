@@ -33,6 +33,7 @@ TICK_S = 0.3
 PROBE_S = 5.0
 LONGEST_PAUSE_S = 60.0
 STABLE_S = 60.0  # a service that lived this long starts again at once
+LOCK_S = 3.0
 LAST_S = 10.0  # for servers without work of their own to save
 
 
@@ -109,7 +110,7 @@ class Supervisor:
                 self._change(state, status="done", exit_code=0, pid=0)
                 return
             # children that outlive their service hold its port; flow runs are sessions of their own and go on
-            end_processes(_group(process.pid), LAST_S)
+            end_processes(self._group(process.pid), LAST_S)
             lived_s = time.monotonic() - self._started[service.name]
             state.restarts = state.restarts + 1 if lived_s < STABLE_S else 1
             pause_s = min(LONGEST_PAUSE_S, 2.0 ** (state.restarts - 1))
@@ -161,8 +162,17 @@ class Supervisor:
             _end_runs(process.pid, service.patience_s)
         family = [psutil.Process(process.pid), *descendants(process.pid)] if process.poll() is None else []
         patience_s = LAST_S if service.workers else service.patience_s
-        end_processes([*family, *_group(process.pid)], patience_s)
+        end_processes([*family, *self._group(process.pid)], patience_s)
         self._change(self.states[service.name], status="stopped", pid=0, exit_code=process.poll())
+
+    def _group(self, pgid: int) -> list[psutil.Process]:
+        """What is left of a service's process group; the mark, because ids are given out again."""
+        found = []
+        for process in marked_processes(self.folder):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                if os.getpgid(process.pid) == pgid:
+                    found.append(process)
+        return found
 
     def _change(self, state: State, **values: Any) -> None:
         for key, value in values.items():
@@ -218,15 +228,6 @@ def _end_runs(worker: int, patience_s: float) -> None:
     psutil.wait_procs(families, timeout=patience_s)
 
 
-def _group(pgid: int) -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(ProcessLookupError, PermissionError, psutil.Error):
-            if os.getpgid(process.pid) == pgid and process.pid != os.getpid():
-                found.append(process)
-    return found
-
-
 def marked_processes(folder: Path) -> list[psutil.Process]:
     """All that belongs to the services of `folder`, found by the environment they inherit."""
     found = []
@@ -254,12 +255,23 @@ def _now() -> str:
     return datetime.now().astimezone().isoformat(timespec="milliseconds")
 
 
+def _acquire(lock: int) -> bool:
+    """Whoever looks whether services run holds the lock for an instant, too; only a supervisor keeps it."""
+    deadline = time.monotonic() + LOCK_S
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.01)
+
+
 def main() -> int:
     folder = Path(sys.argv[1])
     with open(folder / "lock", "a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _acquire(lock.fileno()):
             return 0  # another one was quicker
         plan = files.read_json(folder / "plan.json")
         services = [Service(**values) for values in plan["services"]]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -151,6 +153,23 @@ def test_a_recycled_pid_is_not_ours(planned: Callable[..., Params]) -> None:
     assert not services.down(settings)
     assert services.up(settings)
     services.down(settings)
+
+
+def test_looking_does_not_keep_the_supervisor_from_starting(settings: Params) -> None:
+    """`is_up` holds the lock for an instant, which must not be taken for another supervisor."""
+    services.folder().mkdir(parents=True)
+    with open(services.folder() / "lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        files.write_json(services.folder() / "plan.json", {"services": [], "log_mb": 1, "temporary": ""})
+        late = subprocess.Popen([sys.executable, "-m", "flows.supervisor", str(services.folder())])
+        wait_for(lambda: opened(late.pid, "lock"), "its look at the lock")
+    wait_for((services.folder() / "state.json").exists, "the supervisor")
+    late.terminate()
+    assert late.wait(60) == 0
+
+
+def opened(pid: int, name: str) -> bool:
+    return any(Path(file.path).name == name for file in psutil.Process(pid).open_files())
 
 
 def test_an_occupied_port_is_one_line_and_starts_nothing(settings: Params) -> None:

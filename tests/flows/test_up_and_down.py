@@ -153,6 +153,7 @@ def test_a_scheduled_run_succeeds_and_down_leaves_nothing(clone: Path) -> None:
 
     # a server that dies comes back
     pid = next(service.pid for service in services.running() if service.name == "mlflow")
+    assert pid  # 0 would be the process group of this test
     os.kill(pid, signal.SIGKILL)
     wait_for(lambda: [s for s in services.running() if s.name == "mlflow" and s.restarts], "the restart")
     services.wait_until_ready(settings)
