@@ -107,6 +107,7 @@ class Installation:
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{inherited['PATH']}",  # dvc runs `python`
             "PYTHONPATH": str(self.clone),
             "TMPDIR": str(self.temporary),
+            "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache"),  # torch's own; it is meant to stay
             "NO_COLOR": "1",
             "COLUMNS": "110",
             MARK: str(folder),
