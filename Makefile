@@ -28,7 +28,7 @@ sweep: $(VENV)/.installed
 	@$(BIN)/trunkline sweep "$(or $(FILE),learning_rates)"
 
 test: $(VENV)/.installed-test
-	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	@$(BIN)/python -m pytest --numprocesses 3 --dist loadfile
 
 scenario: $(VENV)/.installed-test
 	@$(BIN)/python tests/operations_scenario.py

@@ -28,6 +28,17 @@ def raw_params() -> dict[str, Any]:
     return params.read(ROOT / "params.yaml")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_inherited_store() -> Iterator[None]:
+    """Every module begins and ends without a chosen store: `tracking.client` puts its own in the environment,
+    where MLflow looks for it, and a worker runs many modules in one process."""
+    with pytest.MonkeyPatch.context() as patched:
+        for name in ("MLFLOW_TRACKING_URI", "TRUNKLINE_HOME", "TRUNKLINE_PARENT_RUN"):
+            patched.setenv(name, "")  # first set, so that whatever a test leaves is undone
+            patched.delenv(name)
+        yield
+
+
 @pytest.fixture
 def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty current directory that is its own home: no store, scratch or cache of the clone is touched."""
