@@ -150,6 +150,22 @@ def test_images_of_another_size_are_refused_where_windows_shrink() -> None:
         small()(images_of(1, 48))
 
 
+@torch.no_grad()
+def test_rectangles_with_the_same_windows_fit_where_windows_shrink() -> None:
+    model = SwinV2(SwinV2Size(16, (2, 2), (2, 4)), image_size=32, window_size=4).eval()
+    randomize(model)
+    wide = images_of(2, 32, 64)
+    assert [m.shape[2:] for m in model.feature_maps(wide)] == [(8, 16), (4, 8)]
+    pad = small(window_rule="pad").eval()
+    pad.load_state_dict(model.state_dict())
+    torch.testing.assert_close(model.feature_maps(wide)[0], pad.feature_maps(wide)[0], atol=0, rtol=0)
+    assert not torch.allclose(model(wide), pad(wide))  # there the second stage shifts
+    # Larger, or with a last map of 4x6, or smaller, or not of whole tokens.
+    for height, width in ((64, 64), (32, 48), (24, 32), (36, 32)):
+        with pytest.raises(ValueError, match=f"{height}x{width} pixels"):
+            model(images_of(1, height, width))
+
+
 # --- initialisation and regularisation -------------------------------------------------------------------
 
 
