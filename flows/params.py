@@ -248,6 +248,7 @@ class Serve(Section):
     golden_int8_agreement: Fraction
     poll_s: Annotated[float, Field(gt=0.0)]
     retry_s: Annotated[float, Field(gt=0.0)]
+    keep_versions: Annotated[int, Field(ge=2)]
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
