@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from models.backbones.interface import Backbone
 from models.backbones.swin_v2 import SwinV2, SwinV2Size, constant_position_bias
 from models.backbones.windows import WindowRule
 
@@ -64,4 +65,4 @@ def create(
         raise ValueError(f"{name} cannot be built: {error}") from error
 
 
-__all__ = ["BACKBONES", "SwinV2", "constant_position_bias", "create"]
+__all__ = ["BACKBONES", "Backbone", "SwinV2", "constant_position_bias", "create"]

@@ -54,6 +54,7 @@ class SwinV2(nn.Module):
     Attributes:
         num_features: channels of the final map.
         stride: pixels per token of the final map.
+        embed_dim: channels of the first stage, where mask tokens enter.
         patch_size, image_size, depths: as given.
         num_layers: blocks in total.
         window_sizes: window side per stage after the rule.
@@ -81,6 +82,7 @@ class SwinV2(nn.Module):
         self.image_size = image_size
         self.patch_size = patch_size
         self.window_rule = window_rule
+        self.embed_dim = size.embed_dim
         self.depths = size.depths
         self.num_layers = sum(size.depths)
         self.num_features = size.embed_dim * 2 ** (stages - 1)
@@ -129,6 +131,10 @@ class SwinV2(nn.Module):
         for layer in self._stages():
             x, _ = layer(x)
         return cast(Tensor, self.norm(x)).permute(0, 3, 1, 2)
+
+    def embedding(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S) → (B, num_features): the mean over the final map."""
+        return self.forward_features(images).mean(dim=(2, 3))
 
     def feature_maps(self, images: Tensor) -> list[Tensor]:
         """One map (B, C·2^i, H_i, W_i) per stage, before merging and without a norm, for dense prediction."""

@@ -1,5 +1,4 @@
-"""Image classification: the backbone's final map, averaged over its tokens, and one Linear (Swin, section
-3.1)."""
+"""Image classification: one Linear on the backbone's embedding of an image."""
 
 from __future__ import annotations
 
@@ -7,13 +6,13 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from models.backbones.swin_v2 import SwinV2
+from models.backbones.interface import Backbone
 
 
 class Classifier(nn.Module):
     """A backbone with a linear classification head."""
 
-    def __init__(self, backbone: SwinV2, num_classes: int) -> None:
+    def __init__(self, backbone: Backbone, num_classes: int) -> None:
         super().__init__()
         if num_classes < 1:
             raise ValueError(f"num_classes is {num_classes}, but must be at least 1.")
@@ -29,7 +28,7 @@ class Classifier(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) → the embedding that the head reads, (B, num_features)."""
-        return cast(Tensor, self.backbone(images).mean(dim=(2, 3)))
+        return self.backbone.embedding(images)
 
 
 class WithFeatures(nn.Module):

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.backbones.swin_v2 import SwinV2
+from models.backbones.interface import Backbone
 from models.pretext.masks import masked_count, masks_from_ids, random_masks, upsample_masks
 
 
@@ -49,7 +49,7 @@ class SimMIM(nn.Module):
         ValueError: the mask unit or the window does not fit.
     """
 
-    def __init__(self, backbone: SwinV2, mask_unit: int, normalize_target: int = 0) -> None:
+    def __init__(self, backbone: Backbone, mask_unit: int, normalize_target: int = 0) -> None:
         super().__init__()
         if mask_unit < 1 or mask_unit % backbone.patch_size or backbone.image_size % mask_unit:
             raise ValueError(
@@ -66,7 +66,7 @@ class SimMIM(nn.Module):
         self.mask_unit = mask_unit
         self.normalize_target = normalize_target
         self.mask_grid = backbone.image_size // mask_unit
-        self.mask_token = nn.Parameter(torch.empty(1, 1, backbone.patch_embed.proj.out_channels))
+        self.mask_token = nn.Parameter(torch.empty(1, 1, backbone.embed_dim))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         # Channel c·r² + i·r + j of the convolution becomes pixel (i, j) of channel c within a cell.
         self.decoder = nn.Sequential(
