@@ -1,33 +1,42 @@
 """Networks in plain PyTorch: backbones, pretext tasks and heads.
 
 ``create`` makes a backbone by name, ``constant_position_bias`` readies it for export. To add one, write a
-file in ``models/backbones/`` and a line in ``BACKBONES``.
+file in ``models/backbones/``, lines in ``BACKBONES``, and a case in ``create``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from models.backbones.interface import Backbone
-from models.backbones.swin_v2 import SwinV2, SwinV2Size, constant_position_bias
-from models.backbones.windows import WindowRule
+from models.backbones.swin import constant_position_bias
+from models.backbones.swin_v1 import SwinV1, SwinV1Size
+from models.backbones.swin_v2 import SwinV2, SwinV2Size
+from models.backbones.windows import MASKED_LOGIT, WindowRule
 
-# Heads are embed_dim / 32 in the first stage and double from stage to stage for every published size. Of the
-# last three the paper gives widths and depths only in part: the heads of "huge" and all of "1b" follow from
-# that rule and from the published parameter counts.
-BACKBONES: dict[str, SwinV2Size] = {
+BACKBONES: dict[str, SwinV1Size | SwinV2Size] = {
     # For images of about 32 pixels.
     "swin_v2_pico": SwinV2Size(64, (2, 4), (2, 4)),
     "swin_v2_nano": SwinV2Size(64, (2, 4, 2), (2, 4, 8)),
+    # Heads are embed_dim / 32 in the first stage and double from stage to stage for every published size.
     # Table 1 of arXiv 2111.09883: T, S, B, L.
     "swin_v2_tiny": SwinV2Size(96, (2, 2, 6, 2), (3, 6, 12, 24)),
     "swin_v2_small": SwinV2Size(96, (2, 2, 18, 2), (3, 6, 12, 24)),
     "swin_v2_base": SwinV2Size(128, (2, 2, 18, 2), (4, 8, 16, 32)),
     "swin_v2_large": SwinV2Size(192, (2, 2, 18, 2), (6, 12, 24, 48)),
-    # H (658M), g (1.06B, arXiv 2206.04664) and G (3.0B).
+    # H (658M), g (1.06B, arXiv 2206.04664) and G (3.0B). Of these the paper gives widths and depths only in
+    # part: the heads of "huge" (whose other candidate is 8, 16, 32, 64: see num_heads of create) and all of
+    # "1b" follow from that rule and from the published parameter counts.
     "swin_v2_huge": SwinV2Size(352, (2, 2, 18, 2), (11, 22, 44, 88), extra_norm_period=6),
     "swin_v2_1b": SwinV2Size(448, (2, 2, 18, 2), (14, 28, 56, 112)),
     "swin_v2_giant": SwinV2Size(512, (2, 2, 42, 4), (16, 32, 64, 128), extra_norm_period=6),
+    # Section 3.3 of arXiv 2103.14030: T, S, B, L; before them one for images of about 32 pixels.
+    "swin_v1_pico": SwinV1Size(64, (2, 4), (2, 4)),
+    "swin_v1_tiny": SwinV1Size(96, (2, 2, 6, 2), (3, 6, 12, 24)),
+    "swin_v1_small": SwinV1Size(96, (2, 2, 18, 2), (3, 6, 12, 24)),
+    "swin_v1_base": SwinV1Size(128, (2, 2, 18, 2), (4, 8, 16, 32)),
+    "swin_v1_large": SwinV1Size(192, (2, 2, 18, 2), (6, 12, 24, 48)),
 }
 
 
@@ -37,12 +46,19 @@ def create(
     image_size: int,
     window_size: int,
     patch_size: int = 4,
+    in_channels: int = 3,
+    num_heads: Sequence[int] | None = None,
     drop_path: float = 0.0,
-    activation_checkpointing: bool = False,
+    activation_checkpointing: bool | int | Sequence[bool] = False,
+    attention_chunk: int = 0,
     window_rule: WindowRule = "shrink",
+    masked_logit: float = MASKED_LOGIT,
     pretrained_windows: Sequence[int] | None = None,
-) -> SwinV2:
-    """The backbone ``name`` of ``BACKBONES`` with fresh weights; the arguments are those of ``SwinV2``.
+    stage_norms: bool = False,
+) -> SwinV1 | SwinV2:
+    """The backbone ``name`` of ``BACKBONES`` with fresh weights.
+
+    ``num_heads`` replaces the heads per stage of the named size; the other arguments are those of ``Swin``.
 
     Raises:
         ValueError: the name is unknown (the message lists the known ones) or the sizes do not fit one
@@ -50,19 +66,27 @@ def create(
     """
     if name not in BACKBONES:
         raise ValueError(f"backbone {name!r} is unknown: choose one of {', '.join(BACKBONES)}.")
+    size = BACKBONES[name]
+    if num_heads is not None:
+        size = replace(size, num_heads=tuple(num_heads))
+    kind = SwinV2 if isinstance(size, SwinV2Size) else SwinV1
     try:
-        return SwinV2(
-            BACKBONES[name],
+        return kind(
+            size,
             image_size=image_size,
             window_size=window_size,
             patch_size=patch_size,
+            in_channels=in_channels,
             drop_path=drop_path,
             activation_checkpointing=activation_checkpointing,
+            attention_chunk=attention_chunk,
             window_rule=window_rule,
+            masked_logit=masked_logit,
             pretrained_windows=pretrained_windows,
+            stage_norms=stage_norms,
         )
     except ValueError as error:
         raise ValueError(f"{name} cannot be built: {error}") from error
 
 
-__all__ = ["BACKBONES", "Backbone", "SwinV2", "constant_position_bias", "create"]
+__all__ = ["BACKBONES", "Backbone", "SwinV1", "SwinV2", "constant_position_bias", "create"]
