@@ -39,7 +39,11 @@ def join_qkv(
                     joined[f"{stem}{part}_bias"] = _part(state, f"{stem}{part}.bias", origin[name])
                     origins[f"{stem}{part}_bias"] = origin[f"{stem}{part}.bias"]
                 continue
-            joined[f"{stem}qkv.{kind}"] = torch.cat([_part(state, part, origin[name]) for part in parts])
+            tensors = [_part(state, part, origin[name]) for part in parts]
+            if len({tensor.shape for tensor in tensors}) > 1 or tensor.ndim == 0:
+                shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
+                raise CheckpointError(f"{origin[name]} and its key and value differ in shape: {shapes}.")
+            joined[f"{stem}qkv.{kind}"] = torch.cat(tensors)
             origins[f"{stem}qkv.{kind}"] = origin[name]
         elif stem[:-1] + f"q.{kind}" not in state:
             raise CheckpointError(f"{origin[name]} has no query beside it: the checkpoint is incomplete.")
@@ -77,6 +81,8 @@ def split_ignored_key_bias(
     origins: dict[str, str] = {}
     for name, tensor in state.items():
         if name.endswith("attn.qkv.bias"):
+            if tensor.ndim != 1 or len(tensor) % 3:
+                raise CheckpointError(f"{origin[name]} of shape {tuple(tensor.shape)} has no three parts.")
             stem = name.removesuffix("qkv.bias")
             result[f"{stem}q_bias"], _, result[f"{stem}v_bias"] = tensor.chunk(3)
             origins[f"{stem}q_bias"] = origins[f"{stem}v_bias"] = origin[name]

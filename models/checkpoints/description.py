@@ -100,11 +100,11 @@ def describe(recognized: Recognized, config: Mapping[str, Any] | None = None) ->
                 view.pretrained or (given[stage] or windows[stage]) for stage, view in enumerate(seen)
             )
     else:
-        depths = (_count(state, r"blocks\.(\d+)\."),)
+        depths = (_count(state, r"blocks\.(\d{1,3})\."),)
         num_heads = (_vit_heads(recognized, told, embed_dim),)
         if grid := _vit_grid(recognized):
             image_size = grid * patch_size
-    head = state.get("head.weight")
+    num_classes = _shape(recognized, "head.weight", 2)[0] if "head.weight" in state else None
     return Description(
         family=family,
         task=recognized.task,
@@ -118,7 +118,7 @@ def describe(recognized: Recognized, config: Mapping[str, Any] | None = None) ->
         window_size=window_size,
         windows=windows,
         pretrained_windows=pretrained,
-        num_classes=None if head is None else head.shape[0],
+        num_classes=num_classes,
     )
 
 
@@ -151,8 +151,8 @@ def _count(state: Mapping[str, Tensor], pattern: str) -> int:
 
 
 def _stage_depths(state: Mapping[str, Tensor]) -> tuple[int, ...]:
-    stages = _count(state, r"layers\.(\d+)\.")
-    return tuple(_count(state, rf"layers\.{stage}\.blocks\.(\d+)\.") for stage in range(stages))
+    stages = _count(state, r"layers\.(\d{1,3})\.")
+    return tuple(_count(state, rf"layers\.{stage}\.blocks\.(\d{{1,3}})\.") for stage in range(stages))
 
 
 def _heads(recognized: Recognized, stage: int) -> int:
@@ -176,9 +176,9 @@ def _vit_grid(recognized: Recognized) -> int | None:
     if "pos_embed" in state:
         return side_of(_shape(recognized, "pos_embed", 3)[1] - 1, "pos_embed")
     for name in ("rel_pos_bias", "blocks.0.attn"):
-        if (table := state.get(f"{name}.relative_position_bias_table")) is not None:
+        if (table := f"{name}.relative_position_bias_table") in state:
             # three rows are for the class token: to it, from it, with itself
-            return (side_of(table.shape[0] - 3, f"{name}.relative_position_bias_table") + 1) // 2
+            return (side_of(_shape(recognized, table, 2)[0] - 3, table) + 1) // 2
     return None
 
 
@@ -193,7 +193,7 @@ def side_of(cells: int, name: str) -> int:
 def _extra_norm_period(state: Mapping[str, Tensor]) -> int:
     """Blocks of a stage between norms on the main branch; 0 without such norms."""
     found = [
-        int(m[1]) for name in state if (m := re.match(r"layers\.\d+\.blocks\.(\d+)\.norm3\.weight", name))
+        int(m[1]) for name in state if (m := re.match(r"layers\.\d+\.blocks\.(\d{1,3})\.norm3\.weight", name))
     ]
     return min(found, default=-1) + 1
 
@@ -234,7 +234,7 @@ class _Seen:
         for name, tensor in (recognized.tables | recognized.state).items():
             if match := re.search(start + r"(coords_table|position_index|attn_mask|bias_table)$", name):
                 found.setdefault(match[1], tensor)
-        if (table := found.get("bias_table")) is not None:
+        if (table := found.get("bias_table")) is not None and table.ndim == 2:
             window = (side_of(table.shape[0], "relative_position_bias_table") + 1) // 2
         if (index := found.get("position_index")) is not None:
             window = side_of(side_of(index.numel(), "relative_position_index"), "relative_position_index")
@@ -249,9 +249,9 @@ class _Seen:
 
 def _pretrained_window(window: int, largest: float) -> int | None:
     """P from the largest coordinate of a table for windows of M tokens; None where it does not tell."""
-    span = 2.0 ** (3.0 * largest) - 1.0  # 8·(M−1)/(P−1)
-    if window == 1 or not math.isfinite(span) or span <= 0.0:
+    if window == 1 or not 0.0 < largest < 100.0:
         return None
+    span = 2.0 ** (3.0 * largest) - 1.0  # 8·(M−1)/(P−1)
     pretrained = 1.0 + 8.0 * (window - 1) / span
     return round(pretrained) if abs(pretrained - round(pretrained)) < 0.05 else None
 

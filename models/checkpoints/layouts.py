@@ -127,7 +127,7 @@ def _choose(tensors: Mapping[str, Tensor]) -> tuple[str, Callable[[str], str]]:
     if "encoder." + _OFFICIAL_MARK in tensors:
         return "official", lambda name: _old_names(name.removeprefix("encoder."))
     if _OFFICIAL_MARK in tensors:
-        merging = {int(m[1]) for name in tensors if (m := re.match(r"layers\.(\d+)\.downsample\.", name))}
+        merging = {int(m[1]) for name in tensors if (m := re.match(r"layers\.(\d{1,3})\.downsample\.", name))}
         if "head.fc.weight" in tensors or (merging and 0 not in merging):
             return "timm", _from_timm
         return "official", _old_names

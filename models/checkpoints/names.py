@@ -28,7 +28,7 @@ class Renaming:
 
 
 def _pattern(side: str) -> re.Pattern[str]:
-    return re.compile(re.escape(side).replace(r"\#", r"(\d+)").replace(r"\*", "(weight|bias)"))
+    return re.compile(re.escape(side).replace(r"\#", r"(\d{1,3})").replace(r"\*", "(weight|bias)"))
 
 
 def _template(side: str) -> str:
@@ -173,7 +173,7 @@ SWIN_IN_TORCHVISION = Renaming(
 
 def torchvision_stages(name: str) -> str:
     """``features.3.0.x`` → ``blocks.1.0.x``, ``features.2.x`` → ``merging.0.x``; all else stays."""
-    match = re.fullmatch(r"features\.(\d+)\.(.+)", name)
+    match = re.fullmatch(r"features\.(\d{1,3})\.(.+)", name)
     if not match or match[1] == "0":
         return name
     place, rest = int(match[1]), match[2]
@@ -185,5 +185,5 @@ def torchvision_stages(name: str) -> str:
 
 def shift_downsample(name: str, by: int) -> str:
     """timm merges patches at the start of a stage and not at the end of the one before."""
-    match = re.fullmatch(r"layers\.(\d+)\.downsample\.(.+)", name)
+    match = re.fullmatch(r"layers\.(\d{1,3})\.downsample\.(.+)", name)
     return f"layers.{int(match[1]) + by}.downsample.{match[2]}" if match else name

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import sys
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -89,7 +90,7 @@ def pick_tensors(value: object, source: str) -> tuple[dict[str, Tensor], tuple[s
     notes: list[str] = []
     while not any(isinstance(item, Tensor) for item in found.values()):
         entry = next((name for name in ENTRIES if isinstance(found.get(name), Mapping)), None)
-        if entry is None:
+        if entry is None or len(notes) > 2:  # deeper, it may go round in circles
             raise CheckpointError(
                 f"{source} holds no weights: none of its entries is a tensor or a state dict named "
                 f"{', '.join(ENTRIES)}; it has: {listed(map(str, found)) or 'nothing'}."
@@ -97,12 +98,14 @@ def pick_tensors(value: object, source: str) -> tuple[dict[str, Tensor], tuple[s
         beside = [str(name) for name in found if name != entry]
         notes.append(f"entry {entry!r} read" + (f", {listed(beside)} left aside" if beside else ""))
         found = found[entry]
-    strange = [str(name) for name, item in found.items() if not isinstance(item, Tensor)]
+    strange = [
+        str(name) for name, item in found.items() if not isinstance(item, Tensor) or not isinstance(name, str)
+    ]
     if strange:
         raise CheckpointError(
             f"{source} mixes tensors with other things, so it is no state dict: {listed(strange)}."
         )
-    tensors = {str(name): item.detach() for name, item in found.items()}
+    tensors = {name: item.detach() for name, item in found.items()}
     for name, tensor in tensors.items():
         _check_tensor(name, tensor, source)
     return tensors, tuple(notes)
@@ -167,12 +170,14 @@ def _refused_names(path: Path, error: Exception) -> list[str]:
 
 
 def _needs_code(path: Path, names: list[str]) -> str:
+    packages = sorted({name.split(".")[0] for name in names if "." in name} - sys.stdlib_module_names)
+    installed = f" (with {listed(packages)} installed)" if packages else ""
     return (
         f"{path} holds more than tensors ({listed(names)}), and reading those runs code that the file "
         "chooses, so it is refused. If you trust it, convert it once, where nothing is at stake: "
         f"python -c \"import torch; c = torch.load('{path.name}', map_location='cpu', weights_only=False); "
-        "torch.save({'model': c.get('model', c.get('state_dict', c))}, 'weights.pth')\" "
-        f"(with the package of {names[0].split('.')[0]} installed), then give weights.pth."
+        f"torch.save({{'model': c.get('model', c.get('state_dict', c))}}, 'weights.pth')\"{installed}, "
+        "then give weights.pth."
     )
 
 
