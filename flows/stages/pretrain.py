@@ -173,6 +173,7 @@ def build_model(params: Params) -> SimMIM:
             window_size=params.model.window_size,
             drop_path=params.pretrain.drop_path,
             activation_checkpointing=params.pretrain.training.activation_checkpointing,
+            pretraining=True,
         )
         return SimMIM(backbone, params.pretrain.mask_unit, params.pretrain.normalize_target)
     except ValueError as error:

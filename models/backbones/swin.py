@@ -25,6 +25,7 @@ from models.backbones.layers import DropPath, Mlp, PatchEmbed, PatchMerging, dro
 from models.backbones.window_attention import BiasedWindowAttention
 from models.backbones.windows import MASKED_LOGIT, WindowGeometry, WindowRule
 
+PATCH_SIZE = 4
 CHUNKED_STAGES = 2  # stages whose attention may run in chunks: those with the most tokens
 
 
@@ -60,7 +61,7 @@ class Swin(nn.Module):
         size: widths, depths and heads.
         image_size: side of the square input in pixels; only the nominal size under ``window_rule="pad"``.
         window_size: side M of the attention windows in tokens.
-        patch_size: side of a token in pixels.
+        patch_size: side of a token in pixels; None = the usual 4.
         in_channels: channels of the input: 3 for images, others for maps of features.
         drop_path: stochastic depth rate of the last block; the rates rise linearly from 0.
         activation_checkpointing: recompute blocks in the backward pass; same results, less memory. True or
@@ -93,7 +94,7 @@ class Swin(nn.Module):
         *,
         image_size: int,
         window_size: int,
-        patch_size: int = 4,
+        patch_size: int | None = None,
         in_channels: int = 3,
         drop_path: float = 0.0,
         activation_checkpointing: bool | int | Sequence[bool] = False,
@@ -104,6 +105,7 @@ class Swin(nn.Module):
         stage_norms: bool = False,
     ) -> None:
         super().__init__()
+        patch_size = PATCH_SIZE if patch_size is None else patch_size
         stages = len(size.depths)
         pretrained = tuple(pretrained_windows) if pretrained_windows is not None else (0,) * stages
         _check_geometry(size, image_size, patch_size, window_rule, pretrained)

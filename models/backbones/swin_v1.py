@@ -1,7 +1,7 @@
 """Swin Transformer (arXiv 2103.14030): pre-norm blocks with a table of relative position biases per block.
 
 The released classification model; the frame is in ``swin.py``. A table has one row per relative position in
-its window, so that other windows need another table: ``position_bias.resize_bias_table`` makes it.
+its window, so that other windows need another table: ``bias_tables.resize_bias_table`` makes it.
 
 Shape legend: M window side, N = M·M, h heads, d channels per head.
 """
