@@ -338,6 +338,9 @@ def convert(
         str, typer.Option(help="Swin V2: window it was trained with, per stage, like 12,12,12,6")
     ] = "",
     head: Annotated[str, typer.Option(help="keep or drop the head and a pretext task's parts")] = "keep",
+    tables: Annotated[
+        str, typer.Option(help="resizing of V1's and ViT's position tables: bicubic or geometric")
+    ] = "bicubic",
     force: Annotated[bool, typer.Option("--force", help="replace OUT")] = False,
     max_gb: Annotated[float, typer.Option(min=0.0, help="largest IN that is read, GiB; 0: 128")] = 0.0,
 ) -> None:
@@ -353,6 +356,7 @@ def convert(
         window_size=window_size,
         pretrained_windows=pretrained_windows,
         head=head,
+        tables=tables,
         force=force,
         max_gb=max_gb,
     )

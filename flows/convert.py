@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from flows import files
 from flows.errors import ConfigError, DataError, ResourceError
 from models import checkpoints
+from models.backbones.bias_tables import TABLE_METHODS
 from models.checkpoints import CheckpointError, Converted, Geometry
 from models.checkpoints.exporting import Target
 from models.checkpoints.fitting import Head
@@ -39,6 +40,7 @@ def convert(
     window_size: int = 0,
     pretrained_windows: str = "",
     head: str = "keep",
+    tables: str = "bicubic",
     force: bool = False,
     max_gb: float = 0.0,
 ) -> list[str]:
@@ -53,6 +55,7 @@ def convert(
     """
     _check_choice("--to", layout, get_args(Target))
     _check_choice("--head", head, get_args(Head))
+    _check_choice("--tables", tables, TABLE_METHODS)
     _check_target(source, target, force)
     limit = int(max_gb * 2**30) if max_gb else MAX_BYTES
     geometry = Geometry(image_size or None, window_size or None, _windows(pretrained_windows))
@@ -65,6 +68,7 @@ def convert(
                 name=name or None,
                 geometry=geometry,
                 head=head,  # type: ignore[arg-type]
+                tables=tables,  # type: ignore[arg-type]
             )
         except CheckpointError as error:
             raise CheckpointError(f"{error}{_hint(source, str(error))}") from None

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import models
+from models.backbones.bias_tables import TableMethod
 from models.checkpoints.description import SWIN, Description, describe, stage_windows
 from models.checkpoints.errors import CheckpointError
 from models.checkpoints.exporting import TARGETS, Target, export, transformers_config
@@ -21,6 +22,7 @@ from models.checkpoints.fitting import Head, fit
 from models.checkpoints.layouts import recognize
 from models.checkpoints.reading import Weights
 from models.checkpoints.report import Report
+from models.checkpoints.transfer import is_pretraining_form
 from models.classification import Classifier
 from models.pretext.simmim import SimMIM
 
@@ -55,6 +57,7 @@ def convert(
     name: str | None = None,
     geometry: Geometry = Geometry(),
     head: Head = "keep",
+    tables: TableMethod = "bicubic",
 ) -> Converted:
     """
     Args:
@@ -63,6 +66,7 @@ def convert(
         name: of ``models.BACKBONES``; None: the one whose sizes the checkpoint has.
         geometry: sizes that the checkpoint does not tell, or that shall be others.
         head: ``drop`` leaves out the head and the parts of a pretext task.
+        tables: as for ``load``.
 
     Raises:
         CheckpointError: the checkpoint does not fit its model, or the target has no place for it.
@@ -73,8 +77,10 @@ def convert(
     found = describe(recognized, weights.config)
     task = _task_to_write(found, recognized.state, head)
     arguments = backbone_arguments(found, name, geometry)
+    if is_pretraining_form(recognized.state):
+        arguments["pretraining"] = True
     model = _build_on_meta(found, task, arguments)
-    fitted, report = fit(weights, model.state_dict(), head, recognized)
+    fitted, report = fit(weights, model.state_dict(), head, tables, recognized)
     state = {full.removeprefix("backbone."): tensor for full, tensor in fitted.items()}
     tensors = _own_memory(export(state, found.family, task, target))
     written = replace(found, task=task, num_classes=found.num_classes if task == "classifier" else None)
@@ -110,12 +116,12 @@ def backbone_arguments(found: Description, name: str | None, geometry: Geometry)
             f"the checkpoint does not tell its {' and '.join(lacking)}: give those it was trained with."
         )
     arguments: dict[str, Any] = {"name": name, "image_size": image_size, "patch_size": found.patch_size}
-    if found.family not in SWIN:
+    if found.in_channels != 3:
+        arguments["in_channels"] = found.in_channels
+    if found.family not in SWIN or window_size is None:
         return arguments
-    assert window_size is not None
     arguments["window_size"] = window_size
-    size = models.BACKBONES[name]
-    if tuple(getattr(size, "num_heads", found.num_heads)) != found.num_heads and name == found.name:
+    if models.BACKBONES[name].num_heads != found.num_heads:
         arguments["num_heads"] = list(found.num_heads)
     if found.family == "swin_v2":
         stages = len(found.depths)
@@ -156,6 +162,7 @@ def _config(
     model: Description, target: Target, arguments: dict[str, Any], weights: Weights, report: Report
 ) -> dict[str, Any]:
     if target == "transformers":
+        shared = bool(arguments.get("pretraining"))
         window = arguments.get("window_size", 0)
         return transformers_config(
             model,
@@ -163,6 +170,7 @@ def _config(
             window_size=window,
             pretrained_windows=arguments.get("pretrained_windows", [0] * len(model.depths)),
             labels=_labels(weights, model.num_classes),
+            shared_table=shared,
         )
     config: dict[str, Any] = {
         "task": {"classifier": "classification"}.get(model.task, model.task),

@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor
 
 import models
+from models.backbones.bias_tables import CLASS_TOKEN_ROWS
 from models.checkpoints.errors import CheckpointError
 from models.checkpoints.layouts import Recognized
 
@@ -32,6 +33,7 @@ class Description:
     Attributes:
         family, task: as in ``Recognized``.
         name: of ``models.BACKBONES``; None if no size there is the same.
+        num_heads: per stage; empty where it is not known (a DeiT of no named size).
         windows: window side per stage in tokens, after shrinking; empty for ViT.
         pretrained_windows: per stage the window that scales the coordinates of Swin V2.
         num_classes: of the head; None without one.
@@ -53,7 +55,8 @@ class Description:
 
     def __str__(self) -> str:
         name = self.name or f"{self.family} of no named size"
-        parts = [f"{self.embed_dim} channels, blocks {_series(self.depths)}, heads {_series(self.num_heads)}"]
+        parts = [f"{self.embed_dim} channels, blocks {_series(self.depths)}"]
+        parts += [f"heads {_series(self.num_heads)}"] if self.num_heads else []
         parts.append(f"patches of {self.patch_size} px")
         parts += [f"images of {self.image_size} px"] if self.image_size else []
         parts += [f"windows {_series(self.windows)}"] if any(self.windows) else []
@@ -101,14 +104,15 @@ def describe(recognized: Recognized, config: Mapping[str, Any] | None = None) ->
             )
     else:
         depths = (_count(state, r"blocks\.(\d{1,3})\."),)
-        num_heads = (_vit_heads(recognized, told, embed_dim),)
+        num_heads = _vit_heads(recognized, told)
         if grid := _vit_grid(recognized):
             image_size = grid * patch_size
     num_classes = _shape(recognized, "head.weight", 2)[0] if "head.weight" in state else None
+    name, num_heads = _find_size(family, embed_dim, depths, _extra_norm_period(state), num_heads)
     return Description(
         family=family,
         task=recognized.task,
-        name=_name(family, embed_dim, depths, _extra_norm_period(state)),
+        name=name,
         embed_dim=embed_dim,
         depths=depths,
         num_heads=num_heads,
@@ -162,12 +166,12 @@ def _heads(recognized: Recognized, stage: int) -> int:
     return _shape(recognized, attention + "relative_position_bias_table", 2)[1]
 
 
-def _vit_heads(recognized: Recognized, told: _Told, embed_dim: int) -> int:
+def _vit_heads(recognized: Recognized, told: _Told) -> tuple[int, ...]:
+    """Empty where nothing tells: no shape of a DeiT does."""
     for name in ("rel_pos_bias", "blocks.0.attn"):
         if f"{name}.relative_position_bias_table" in recognized.state:
-            return _shape(recognized, f"{name}.relative_position_bias_table", 2)[1]
-    # No shape tells the heads of a DeiT; all published ones have 64 channels each.
-    return told.num_heads or max(embed_dim // 64, 1)
+            return (_shape(recognized, f"{name}.relative_position_bias_table", 2)[1],)
+    return (told.num_heads,) if told.num_heads else ()
 
 
 def _vit_grid(recognized: Recognized) -> int | None:
@@ -177,9 +181,16 @@ def _vit_grid(recognized: Recognized) -> int | None:
         return side_of(_shape(recognized, "pos_embed", 3)[1] - 1, "pos_embed")
     for name in ("rel_pos_bias", "blocks.0.attn"):
         if (table := f"{name}.relative_position_bias_table") in state:
-            # three rows are for the class token: to it, from it, with itself
-            return (side_of(_shape(recognized, table, 2)[0] - 3, table) + 1) // 2
+            return table_window(_shape(recognized, table, 2)[0], table)
     return None
+
+
+def table_window(rows: int, name: str) -> int:
+    """M of a table of relative positions: (2M−1)² rows, and three more with a class token."""
+    side = math.isqrt(max(rows, 0))
+    if side * side != rows or side % 2 == 0:
+        side = side_of(rows - CLASS_TOKEN_ROWS, name)
+    return (side + 1) // 2
 
 
 def side_of(cells: int, name: str) -> int:
@@ -198,21 +209,25 @@ def _extra_norm_period(state: Mapping[str, Tensor]) -> int:
     return min(found, default=-1) + 1
 
 
-def _name(family: str, embed_dim: int, depths: tuple[int, ...], extra_norm_period: int) -> str | None:
+def _find_size(
+    family: str, embed_dim: int, depths: tuple[int, ...], period: int, num_heads: tuple[int, ...]
+) -> tuple[str | None, tuple[int, ...]]:
+    """The named size of these widths and depths, and its heads per stage; None and ``num_heads`` if there is
+    none.
+
+    The heads of a ViT have to be those of its size where they are known; a Swin's may be others (``create``
+    takes them).
+    """
     for name, size in models.BACKBONES.items():
+        heads = size.num_heads if isinstance(size.num_heads, tuple) else (size.num_heads,)
         if (
-            name.startswith(family)
-            and size.embed_dim == embed_dim
-            and _depths_of(size) == depths
-            and getattr(size, "extra_norm_period", 0) == extra_norm_period
+            name.startswith(f"{family}_")
+            and (size.embed_dim, size.depths) == (embed_dim, depths)
+            and getattr(size, "extra_norm_period", 0) == period
+            and (family in SWIN or num_heads in ((), heads))
         ):
-            return name
-    return None
-
-
-def _depths_of(size: object) -> tuple[int, ...]:
-    depths = getattr(size, "depths", None) or (getattr(size, "depth", 0),)
-    return tuple(depths)
+            return name, num_heads or heads
+    return None, num_heads
 
 
 # ---- saved tables ------------------------------------------------------------------------------------------
@@ -235,7 +250,7 @@ class _Seen:
             if match := re.search(start + r"(coords_table|position_index|attn_mask|bias_table)$", name):
                 found.setdefault(match[1], tensor)
         if (table := found.get("bias_table")) is not None and table.ndim == 2:
-            window = (side_of(table.shape[0], "relative_position_bias_table") + 1) // 2
+            window = table_window(table.shape[0], "relative_position_bias_table")
         if (index := found.get("position_index")) is not None:
             window = side_of(side_of(index.numel(), "relative_position_index"), "relative_position_index")
         if (coords := found.get("coords_table")) is not None:

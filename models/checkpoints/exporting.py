@@ -38,6 +38,10 @@ def export(state: Mapping[str, Tensor], family: str, task: str, target: Target) 
                 "timm has no model for SimMIM: export a backbone or classifier (--head drop)."
             )
         return {_timm(name, family): tensor for name, tensor in state.items()}
+    if family == "vit" and task == "simmim":
+        raise CheckpointError(
+            "transformers has no Beit with SimMIM's decoder: export the backbone (head='drop', --head drop)."
+        )
     return _transformers(state, family)
 
 
@@ -81,6 +85,7 @@ def transformers_config(
     window_size: int,
     pretrained_windows: Sequence[int] = (),
     labels: Sequence[str] = (),
+    shared_table: bool = False,
 ) -> dict[str, Any]:
     """The ``config.json`` with which ``from_pretrained`` builds the same model."""
     task = {"classifier": "ForImageClassification", "simmim": "ForMaskedImageModeling"}.get(
@@ -115,6 +120,15 @@ def transformers_config(
             "intermediate_size": 4 * model.embed_dim,
             "layer_norm_eps": 1e-6,
             "encoder_stride": model.patch_size,
+        }
+    if model.family == "vit":
+        config |= {
+            "use_relative_position_bias": not shared_table,
+            "use_shared_relative_position_bias": shared_table,
+            "use_absolute_position_embeddings": False,
+            "use_mean_pooling": not shared_table,
+            "use_mask_token": False,
+            "layer_scale_init_value": 0.1,
         }
     if model.num_classes:
         named = list(labels) or [f"LABEL_{i}" for i in range(model.num_classes)]

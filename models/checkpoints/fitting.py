@@ -15,12 +15,19 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from models.backbones.bias_tables import TABLE_METHODS, TableMethod
 from models.checkpoints.description import describe
 from models.checkpoints.errors import CheckpointError, listed
 from models.checkpoints.layouts import REBUILT, Recognized, recognize
 from models.checkpoints.reading import Weights
 from models.checkpoints.report import Report
-from models.checkpoints.transfer import RELATIVE, SHARED, is_position_table, resize_positions
+from models.checkpoints.transfer import (
+    ABSOLUTE,
+    RELATIVE,
+    give_each_block_a_table,
+    is_position_table,
+    resize_positions,
+)
 
 Head = Literal["keep", "drop"]
 PRETEXT = "of SimMIM's pretraining, which this model has no part of"
@@ -32,6 +39,7 @@ def fit(
     weights: Weights,
     wanted: Mapping[str, Tensor],
     head: Head = "keep",
+    tables: TableMethod = "bicubic",
     recognized: Recognized | None = None,
 ) -> tuple[dict[str, Tensor], Report]:
     """The checkpoint as a part of a state dict, and what became of each of its tensors.
@@ -41,22 +49,31 @@ def fit(
         wanted: the model's state dict; only names and shapes matter, so it may be on the meta device.
         head: ``keep`` puts the checkpoint's head into the model's, ``drop`` leaves it out and keeps the
             model's own.
+        tables: how relative position tables are brought to another size (``bias_tables.py``).
         recognized: what ``recognize`` says of the tensors, where that is known already.
 
     Raises:
         CheckpointError: anything left over, missing, of another shape, or not finite.
     """
+    if tables not in TABLE_METHODS:
+        raise CheckpointError(f"tables is {tables!r}, but must be one of {', '.join(TABLE_METHODS)}.")
     if head not in get_args(Head):
         raise CheckpointError(f"head is {head!r}, but must be keep or drop.")
     recognized = recognized or recognize(weights.tensors)
     model = describe(recognized, weights.config)
     places = _places(wanted)
-    state, resized = _share_out(recognized.state, places)
+    state, origin = dict(recognized.state), recognized.origin
     dropped = {name: reason for name, reason in recognized.dropped.items() if reason != REBUILT}
-    origin = dict(recognized.origin)
+    fresh: list[str] = []
+    resized: dict[str, str] = {}
+    if left_out := give_each_block_a_table(state, places):
+        resized = dict.fromkeys((n for n in state if n.endswith(RELATIVE)), "copied to each block")
+        dropped |= {origin[name]: reason for name, reason in left_out.items()}
+        fresh += [
+            full for name in [n for n in places if n.startswith("fc_norm.")] for full in places.pop(name)
+        ]
 
     # Of a group that either side lacks altogether, the other side's tensors stay out.
-    fresh: list[str] = []
     for group, pattern in (("head", r"head\."), ("mask", r"mask_token$"), ("decoder", r"decoder\.")):
         given = [name for name in state if re.match(pattern, name)]
         needed = [name for name in places if re.match(pattern, name)]
@@ -83,10 +100,11 @@ def fit(
     for name, tensor in state.items():
         for full in places[name]:
             if tensor.shape != wanted[full].shape:
-                was = tuple(tensor.shape)
-                classes = 3 if recognized.family == "vit" else 0
-                fitted[full] = resize_positions(name, tensor, wanted[full].shape, classes)
-                resized[name] = f"{was} → {tuple(wanted[full].shape)}, bicubic"
+                shape = tuple(wanted[full].shape)
+                fitted[full] = resize_positions(name, tensor, shape[-2], tables)
+                how = "bicubic" if name == ABSOLUTE else tables
+                resized[name] = f"{resized[name]}, " if name in resized else ""
+                resized[name] += f"{tuple(tensor.shape)} → {shape}, {how}"
             else:
                 fitted[full] = tensor
     dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in state.values() if t.dtype != torch.float32})
@@ -120,20 +138,6 @@ def _places(wanted: Mapping[str, Tensor]) -> dict[str, list[str]]:
                 name = f"other:{name}"  # a projector, a queue: no release has them under a name to match
         places.setdefault(name, []).append(full)
     return places
-
-
-def _share_out(
-    given: Mapping[str, Tensor], places: Mapping[str, list[str]]
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """One table for all blocks becomes one for each, where the model has one for each (SimMIM's ViT is
-    finetuned that way)."""
-    state = dict(given)
-    per_block = [name for name in places if re.fullmatch(rf"blocks\.\d+\.attn\.{RELATIVE}", name)]
-    if SHARED not in state or SHARED in places or not per_block:
-        return state, {}
-    shared = state.pop(SHARED)
-    state |= {name: shared.clone() for name in per_block}
-    return state, dict.fromkeys(per_block, "a copy of the table that all blocks shared")
 
 
 def _mismatches(

@@ -77,7 +77,7 @@ def recognize(tensors: Mapping[str, Tensor]) -> Recognized:
     tables: dict[str, Tensor] = {}
     dropped: dict[str, str] = {}
     for theirs, tensor in tensors.items():
-        reason = _reason_to_drop(theirs)
+        reason = _reason_to_drop(theirs, tensors)
         ours = to_ours(theirs)
         if reason is None or reason == REBUILT:
             target = state if reason is None else tables
@@ -178,13 +178,15 @@ def _from_transformers(prefix: str, tensors: Mapping[str, Tensor]) -> Callable[[
     return to_ours
 
 
-def _reason_to_drop(name: str) -> str | None:
+def _reason_to_drop(name: str, tensors: Mapping[str, Tensor]) -> str | None:
     if name.rpartition(".")[2] in _BUFFERS:
         return REBUILT
     if name.startswith(_MOBY_PARTS):
         return MOBY
     if re.fullmatch(r"(\w+\.)?pooler\.dense\.(weight|bias)", name):
         return POOLER
+    if name.startswith("layernorm.") and "beit.layernorm.weight" in tensors:
+        return VISUAL_TOKENS  # a second one: the norm of that head
     return VISUAL_TOKENS if name.startswith("lm_head.") else None
 
 

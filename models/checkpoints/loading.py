@@ -10,6 +10,7 @@ from typing import Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
+from models.backbones.bias_tables import TableMethod
 from models.backbones.windows import WindowGeometry
 from models.checkpoints.description import Description, describe
 from models.checkpoints.errors import CheckpointError
@@ -27,6 +28,7 @@ def load(
     *,
     head: Head = "keep",
     windows: Windows = "check",
+    tables: TableMethod = "bicubic",
 ) -> Report:
     """Load published weights of any known layout into a backbone, a classifier or a pretext task of ours.
 
@@ -36,6 +38,8 @@ def load(
         head: ``keep`` wants the checkpoint's head, if it has one, in the model's; ``drop`` leaves it out.
         windows: ``check`` refuses a Swin V2 whose position coordinates are scaled for other windows than
             those it was trained with, where the checkpoint tells them; ``ignore`` does not look.
+        tables: how the relative position tables of Swin V1 and ViT are brought to another size: ``bicubic``
+            as the Swin release, ``geometric`` as the SimMIM release.
 
     Raises:
         CheckpointError: the checkpoint cannot be read or does not fit; the model is as before.
@@ -44,7 +48,7 @@ def load(
         raise CheckpointError(f"windows is {windows!r}, but must be check or ignore.")
     weights = as_weights(source)
     own = model.state_dict()
-    fitted, report = fit(weights, own, head)
+    fitted, report = fit(weights, own, head, tables)
     if windows == "check":
         report = check_windows(report, model)
     with torch.no_grad():

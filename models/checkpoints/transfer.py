@@ -1,48 +1,61 @@
-"""Position tables for another number of positions.
+"""Position tables for another window, image or form of the model.
 
 Swin V1 and the ViT of SimMIM learn one number per head and relative offset, DeiT one vector per place: where
-the window or the image has another size, they are resized bicubically, as the released fine-tuning does. Swin
-V2 has nothing to resize: its bias is a function of the offset.
+the window or the image has another size, they are resized. SimMIM's ViT is pretrained with one table for all
+blocks and finetuned with one for each. Swin V2 has nothing to transfer: its bias is a function of the offset.
 """
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
+import re
+from collections.abc import Iterable, Mapping
+
 from torch import Tensor
 
-from models.checkpoints.description import side_of
+from models.backbones.bias_tables import TableMethod, resize_bias_table, resize_position_embedding
+from models.checkpoints.description import table_window
+from models.checkpoints.errors import CheckpointError
 
 RELATIVE = "relative_position_bias_table"
 SHARED = f"rel_pos_bias.{RELATIVE}"
 ABSOLUTE = "pos_embed"
+LAST_NORM = "normalises tokens for a decoder; finetuning normalises their mean, by a norm that starts fresh"
 
 
 def is_position_table(name: str) -> bool:
     return name.endswith(RELATIVE) or name == ABSOLUTE
 
 
-def resize_positions(name: str, table: Tensor, shape: torch.Size, class_rows: int) -> Tensor:
-    """A table of the same width for as many positions as ``shape`` has rows.
-
-    ``class_rows`` of a relative table, at its end, and the first row of an absolute one belong to the class
-    token and are kept as they are.
+def resize_positions(name: str, table: Tensor, rows: int, method: TableMethod) -> Tensor:
+    """The table for a model whose own has ``rows`` rows of positions.
 
     Raises:
         CheckpointError: the positions of either are no square.
     """
-    if name == ABSOLUTE:  # (1, 1 + L, C)
-        first, places = table[:, :1], table[0, 1:]
-        return torch.cat((first, _resize(name, places, shape[1] - 1)[None]), dim=1)
-    offsets, kept = table[: len(table) - class_rows], table[len(table) - class_rows :]
-    return torch.cat((_resize(name, offsets, shape[0] - class_rows), kept))
+    try:
+        if name == ABSOLUTE:
+            side = round((rows - 1) ** 0.5)
+            return resize_position_embedding(table, (side, side))
+        return resize_bias_table(table, table_window(rows, name), method)
+    except ValueError as error:
+        raise CheckpointError(f"{name} cannot be resized: {error}") from None
 
 
-def _resize(name: str, table: Tensor, rows: int) -> Tensor:
-    """(L, C) → (rows, C), both L and rows squares of a side."""
-    old, new = side_of(len(table), name), side_of(rows, name)
-    if old == new:
-        return table
-    square = table.float().t().reshape(1, -1, old, old)
-    square = F.interpolate(square, size=(new, new), mode="bicubic", align_corners=False)
-    return square.reshape(-1, rows).t().to(table.dtype)
+def give_each_block_a_table(state: dict[str, Tensor], wanted: Iterable[str]) -> dict[str, str]:
+    """Turn the pretraining form of SimMIM's ViT in ``state`` into that for finetuning, if that is ``wanted``.
+
+    Answers with the names that are left out → why; those of ``fc_norm`` are then missing.
+    """
+    per_block = [name for name in wanted if re.fullmatch(rf"blocks\.\d+\.attn\.{RELATIVE}", name)]
+    if SHARED not in state or not per_block:
+        return {}
+    shared = state.pop(SHARED)
+    state |= dict.fromkeys(per_block, shared)
+    left_out = [name for name in ("norm.weight", "norm.bias") if name in state]
+    for name in left_out:
+        del state[name]
+    return dict.fromkeys(left_out, LAST_NORM)
+
+
+def is_pretraining_form(state: Mapping[str, Tensor]) -> bool:
+    return SHARED in state
