@@ -51,4 +51,4 @@ def build_optimizer(
     if settings.optimizer == "sgd":
         momentum = settings.betas[0]
         return torch.optim.SGD(described, momentum=momentum, nesterov=momentum > 0, foreach=True)
-    return torch.optim.AdamW(described, betas=settings.betas, eps=1e-8, foreach=True)
+    return torch.optim.AdamW(described, betas=settings.betas, eps=1e-8, fused=True)
