@@ -130,11 +130,32 @@ class Distributed(Section):
     collective_timeout_s: Annotated[int, Field(ge=60)]
 
 
+class SimMIMPretext(Section):
+    """What the paper ablates, beside the mask's unit and ratio."""
+
+    mask_kind: Literal["random", "block", "square"]
+    head: Literal["linear", "mlp", "inverse_swin"]
+    inverse_swin: str
+    target_size: Count
+    loss: Literal["l1", "l2", "smooth_l1"]
+    loss_region: Literal["masked", "all"]
+    final_norm: bool
+
+    @model_validator(mode="after")
+    def _inverse_swin_is_named(self) -> Self:
+        if self.head == "inverse_swin" and not self.inverse_swin:
+            raise ValueError(
+                "head inverse_swin needs the name of a Swin V2 in inverse_swin, e.g. swin_v2_tiny"
+            )
+        return self
+
+
 class Pretrain(Section):
     subset: Percentage
     mask_unit: Positive
     mask_ratio: OpenFraction
     normalize_target: Count
+    simmim: SimMIMPretext
     crop_scale: CropScale
     flip: bool
     drop_path: HalfOpenFraction
