@@ -32,7 +32,7 @@ MAX_JSON_BYTES = 64 * 2**20
 ENTRIES = ("model", "state_dict", "module")
 """Where training scripts put the weights, beside optimiser and epoch."""
 METADATA_KEY = "trunkline"
-"""Of a safetensors header: the JSON that ``trunkline convert`` leaves in a single file."""
+"""Of a safetensors header, or an entry beside ``model``: the JSON that ``trunkline convert`` leaves there."""
 FOLDER_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -122,7 +122,7 @@ def _read_file(path: Path) -> tuple[object, Mapping[str, Any]]:
         start = file.read(64)
     if start[:4] == b"PK\x03\x04":
         _check_zip(path)
-        return _unpickle(path, mmap=True), {}
+        return _with_header(_unpickle(path, mmap=True))
     if start[8:9] == b"{":
         return _read_safetensors(path)
     if start[:1] == b"\x80":
@@ -142,11 +142,23 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged or cut off: {error}.") from None
+    return tensors, _parse_header(header)
+
+
+def _with_header(value: object) -> tuple[object, Mapping[str, Any]]:
+    if not isinstance(value, dict) or not isinstance(value.get(METADATA_KEY), str):
+        return value, {}
+    rest = {name: item for name, item in value.items() if name != METADATA_KEY}
+    return rest, _parse_header(value[METADATA_KEY])
+
+
+def _parse_header(text: str) -> Mapping[str, Any]:
+    """Empty if it is none of ours: it only tells sizes, which can be given as well."""
     try:
-        config = json.loads(header)
-    except ValueError:
-        config = None
-    return tensors, config if isinstance(config, dict) else {}
+        config = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def _unpickle(path: Path, mmap: bool) -> object:
