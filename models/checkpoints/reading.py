@@ -168,7 +168,9 @@ def _unpickle(path: Path, mmap: bool) -> object:
         if names := _refused_names(path, error):
             raise CheckpointError(_needs_code(path, names)) from None
         raise CheckpointError(f"{path} is damaged: {_first_line(error)}") from None
-    except (RuntimeError, EOFError, ValueError, OSError, KeyError, AttributeError, TypeError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged pickle fails in every way there is
         raise CheckpointError(f"{path} is damaged or cut off: {_first_line(error)}") from None
 
 
@@ -199,7 +201,7 @@ def _check_zip(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             inflated = [entry for entry in archive.infolist() if entry.file_size > entry.compress_size]
             total = sum(entry.file_size for entry in archive.infolist())
-    except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise CheckpointError(f"{path} is damaged or cut off: {error}.") from None
     if inflated or total > path.stat().st_size:
         raise CheckpointError(f"{path} is a compressed archive, which torch.save does not write: refused.")
