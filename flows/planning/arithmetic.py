@@ -10,6 +10,7 @@ Shape legend: B batch, T tokens of all images, C channels, h heads, d = C/h, N t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from models.backbones.swin_v2 import SwinV2
 
@@ -42,6 +43,7 @@ def forward_products(backbone: SwinV2, batch: int, head_columns: int, *, per_tok
     patch, side = backbone.patch_size, -(-backbone.image_size // backbone.patch_size)
     dim = backbone.embed_dim
     products = [Product("patch embedding", batch * side**2, 3 * patch**2, dim)]
+    layer: Any
     for stage, (depth, layer) in enumerate(zip(backbone.depths, backbone.layers, strict=True)):
         name = f"stage {stage + 1}"
         window = int(layer.windows.window)
