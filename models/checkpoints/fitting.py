@@ -64,6 +64,10 @@ def fit(
     places = _places(wanted)
     state, origin = dict(recognized.state), recognized.origin
     dropped = {name: reason for name, reason in recognized.dropped.items() if reason != REBUILT}
+    if weights.tensors.keys() == wanted.keys() and any(name.startswith("other:") for name in places):
+        # Our own MoBY into a MoBY: both networks, their heads, queues and step, each under its name.
+        state, origin, dropped = dict(weights.tensors), {}, {}
+        places = {name: [name] for name in wanted}
     fresh: list[str] = []
     resized: dict[str, str] = {}
     if left_out := give_each_block_a_table(state, places):
@@ -94,7 +98,9 @@ def fit(
     problems = _mismatches(state, places, wanted, origin)
     if problems:
         raise CheckpointError(f"{weights.source} does not fit this model: {'; '.join(problems)}.")
-    _check_values(state, origin, weights.source)
+    _check_values(
+        {n: t for n, t in state.items() if wanted[places[n][0]].is_floating_point()}, origin, weights.source
+    )
     fitted: dict[str, Tensor] = {}
     notes = list(weights.notes)
     for name, tensor in state.items():
