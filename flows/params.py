@@ -171,13 +171,27 @@ class Pretrain(Section):
         return self
 
 
+class RandomAugment(Section):
+    operations: Count
+    magnitude: Annotated[float, Field(ge=0.0, le=10.0)]
+    magnitude_std: NonNegative
+    probability: Fraction
+
+
 class Finetune(Section):
     subset: Percentage
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0)]
     mixup: NonNegative
     cutmix: NonNegative
     label_smoothing: HalfOpenFraction
+    image_size: Count
+    window_size: Count
+    test_resize: Count
     crop_scale: CropScale
+    interpolation: Literal["bilinear", "bicubic"]
+    rand_augment: RandomAugment
+    color_jitter: NonNegative
+    random_erasing: Fraction
     flip: bool
     drop_path: HalfOpenFraction
     training: Training
@@ -403,12 +417,28 @@ class Params(Section):
                 f"pretrain.mask_unit {self.pretrain.mask_unit} must divide "
                 f"model.image_size {self.model.image_size}"
             )
+        size = self.finetune_model().image_size
+        if 0 < self.finetune.test_resize < size:
+            raise ValueError(
+                f"finetune.test_resize {self.finetune.test_resize} must be 0 or at least the image size {size} "
+                "of finetuning"
+            )
         for name, subset in (("pretrain", self.pretrain.subset), ("finetune", self.finetune.subset)):
             if subset not in self.scale.percentages:
                 raise ValueError(
                     f"{name}.subset {subset} is not among scale.percentages {self.scale.percentages}"
                 )
         return self
+
+    def finetune_model(self) -> Model:
+        """The network of finetuning, evaluation and export: `model` at the sizes that `finetune` names.
+
+        Raises:
+            ValidationError: the patches do not divide the image.
+        """
+        changes = {"image_size": self.finetune.image_size, "window_size": self.finetune.window_size}
+        given = {name: value for name, value in changes.items() if value}
+        return Model.model_validate({**self.model.model_dump(), **given})
 
     def registered_model(self, dataset: str) -> str:
         """Name in the model registry for what was trained on `dataset`."""
