@@ -417,11 +417,15 @@ class Params(Section):
                 f"pretrain.mask_unit {self.pretrain.mask_unit} must divide "
                 f"model.image_size {self.model.image_size}"
             )
-        size = self.finetune_model().image_size
-        if 0 < self.finetune.test_resize < size:
+        if self.finetune.image_size % self.model.patch_size:
             raise ValueError(
-                f"finetune.test_resize {self.finetune.test_resize} must be 0 or at least the image size {size} "
-                "of finetuning"
+                f"model.patch_size {self.model.patch_size} must divide finetune.image_size "
+                f"{self.finetune.image_size}"
+            )
+        if 0 < self.finetune.test_resize < (size := self.finetune_model().image_size):
+            raise ValueError(
+                f"finetune.test_resize {self.finetune.test_resize} must be 0 or at least {size}, the image "
+                "size of finetuning"
             )
         for name, subset in (("pretrain", self.pretrain.subset), ("finetune", self.finetune.subset)):
             if subset not in self.scale.percentages:
@@ -431,11 +435,7 @@ class Params(Section):
         return self
 
     def finetune_model(self) -> Model:
-        """The network of finetuning, evaluation and export: `model` at the sizes that `finetune` names.
-
-        Raises:
-            ValidationError: the patches do not divide the image.
-        """
+        """The network of finetuning, evaluation and export: `model` at the sizes that `finetune` names."""
         changes = {"image_size": self.finetune.image_size, "window_size": self.finetune.window_size}
         given = {name: value for name, value in changes.items() if value}
         return Model.model_validate({**self.model.model_dump(), **given})

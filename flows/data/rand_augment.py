@@ -97,7 +97,7 @@ def _affine(image: Image.Image, matrix: tuple[float, ...], fill: RGB) -> Image.I
     )
 
 
-def _enhance(enhancer: type[ImageEnhance._Enhance]) -> Operation:
+def _enhance(enhancer: Callable[[Image.Image], ImageEnhance._Enhance]) -> Operation:
     def operation(image: Image.Image, level: float, sign: float, fill: RGB) -> Image.Image:
         return enhancer(image).enhance(max(0.1, 1.0 + sign * 0.9 * level))
 

@@ -176,6 +176,7 @@ def build_model(params: Params) -> SimMIM:
             window_size=params.model.window_size,
             drop_path=params.pretrain.drop_path,
             activation_checkpointing=params.pretrain.training.activation_checkpointing,
+            pretraining=True,
         )
         choices = params.pretrain.simmim
         return SimMIM(
