@@ -69,7 +69,7 @@ class Model(Section):
     backbone: str
     image_size: Positive
     patch_size: Positive
-    window_size: Positive
+    window_size: Positive | None
 
     @model_validator(mode="after")
     def _patches_fit(self) -> Self:

@@ -13,13 +13,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
 
 import models
 from flows import files, paths
@@ -273,7 +272,7 @@ def load_backbone(model: Classifier, path: Path) -> None:
     found = {name[len(BACKBONE) :]: value for name, value in weights.items() if name.startswith(BACKBONE)}
     found = {
         BACKBONE + name: fit_positions(name, value, own.get(BACKBONE + name))
-        for name, value in models.finetuning_weights(found, cast(nn.Module, model.backbone)).items()
+        for name, value in models.finetuning_weights(found, model.backbone).items()
     }
     wrong = sorted(
         name

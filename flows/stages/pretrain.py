@@ -185,7 +185,7 @@ def build_model(params: Params) -> SimMIM:
             params.pretrain.normalize_target,
             head=choices.head,
             inverse_swin=choices.inverse_swin,
-            window_size=params.model.window_size,
+            window_size=params.model.window_size or 0,
             target_size=choices.target_size,
             loss=choices.loss,
             loss_region=choices.loss_region,

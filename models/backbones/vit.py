@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.backbones.bias_tables import resize_position_embedding
+from models.backbones.interface import Backbone
 from models.backbones.layers import PatchEmbed, drop_path_rates, stages_chosen
 from models.backbones.vit_block import NORM_EPS, Attention, Block, RelativePositions, SharedTable, make_table
 
@@ -307,7 +308,7 @@ class DeiT(VisionTransformer):
         return cast(Tensor, self.norm(x))
 
 
-def finetuning_weights(weights: Mapping[str, Tensor], backbone: nn.Module) -> dict[str, Tensor]:
+def finetuning_weights(weights: Mapping[str, Tensor], backbone: Backbone) -> dict[str, Tensor]:
     """The pretraining form's state dict as that of ``backbone`` in the form for finetuning.
 
     Every block gets a copy of the shared table; the last norm, which normalised tokens for the decoder, makes
