@@ -49,5 +49,5 @@ def build_adamw(model: nn.Module, groups: Iterable[ParameterGroup], settings: Tr
         ],
         betas=settings.betas,
         eps=1e-8,
-        foreach=True,
+        fused=True,
     )
