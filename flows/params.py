@@ -152,6 +152,7 @@ class SimMIMPretext(Section):
 
 class Pretrain(Section):
     subset: Percentage
+    pretext: Literal["simmim", "none"]
     mask_unit: Positive
     mask_ratio: OpenFraction
     normalize_target: Count
@@ -369,6 +370,7 @@ class Services(Section):
 
 
 class Pipeline(Section):
+    control: bool
     parallel_stages: Positive
     retries: Count
     smoke_images: Positive
@@ -533,10 +535,15 @@ def parse_setting(text: str) -> dict[str, Any]:
     if isinstance(parsed, str):
         with contextlib.suppress(ValueError):
             parsed = float(parsed)  # YAML 1.1 reads 1e-3 as text
-    section, *rest = key.strip().split(".")
+    return nest(key.strip(), parsed)
+
+
+def nest(key: str, value: Any) -> dict[str, Any]:
+    """`"a.b", 1` as `{"a": {"b": 1}}`."""
+    section, *rest = key.split(".")
     for part in reversed(rest):
-        parsed = {part: parsed}
-    return {section: parsed}
+        value = {part: value}
+    return {section: value}
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

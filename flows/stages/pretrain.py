@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import models
-from flows import files, paths, plots
+from flows import files, initial_weights, paths, plots
 from flows.data import (
     Augmentation,
     Batch,
@@ -36,7 +36,7 @@ from flows.data import (
 from flows.errors import ConfigError, DataError
 from flows.imaging import Preprocessing
 from flows.params import Params
-from flows.stage import Stage, run_stage
+from flows.stage import Stage, is_main_process, run_stage
 from flows.training import (
     Checkpoints,
     Job,
@@ -63,6 +63,10 @@ SOURCES = [Path("flows/stages/pretrain.py"), Path("flows/training"), Path("flows
 
 def run(params: Params, stage: Stage) -> None:
     settings, training = params.pretrain, params.pretrain.training
+    if settings.pretext == "none":
+        if is_main_process():
+            initial_weights.write(params)
+        return
     processes = initialize_processes(training, params.distributed)
     manifest = load_manifest(paths.DATA)
     preprocessing = preprocessing_for(manifest, params.model)
