@@ -59,7 +59,9 @@ class Swin(nn.Module):
 
     Args:
         size: widths, depths and heads.
-        image_size: side of the square input in pixels; only the nominal size under ``window_rule="pad"``.
+        image_size: side of the square input in pixels. Under ``window_rule="shrink"`` images may have other
+            sides that lead to the same windows, as a rectangle does whose shorter side this is; under
+            ``"pad"`` it is the nominal size only.
         window_size: side M of the attention windows in tokens.
         patch_size: side of a token in pixels; None = the usual 4.
         in_channels: channels of the input: 3 for images, others for maps of features.
@@ -207,12 +209,22 @@ class Swin(nn.Module):
 
     def _embed(self, images: Tensor) -> Tensor:
         height, width = images.shape[-2:]
-        if self.window_rule == "shrink" and (height, width) != (self.image_size, self.image_size):
+        if self.window_rule == "shrink" and not self._has_same_windows(height, width):
             raise ValueError(
                 f"the images are {height}x{width} pixels, but this backbone was built for "
-                f"{self.image_size}x{self.image_size}: resize them, or build it with window_rule 'pad'."
+                f"{self.image_size}x{self.image_size} and would cut them into other windows: resize them, or "
+                "build it for their shorter side or with window_rule 'pad'."
             )
         return cast(Tensor, self.patch_embed(images))
+
+    def _has_same_windows(self, height: int, width: int) -> bool:
+        if height % self.stride or width % self.stride:
+            return False
+        grids = [
+            (height // step, width // step)
+            for step in (self.patch_size * 2**i for i in range(len(self.depths)))
+        ]
+        return all(stage.windows.accepts(*grid) for stage, grid in zip(self._stages(), grids, strict=True))
 
     def _init_weights(self) -> None:
         for module in self.modules():

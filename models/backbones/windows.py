@@ -38,6 +38,7 @@ class WindowGeometry(nn.Module):
 
     Attributes:
         grid: tokens per side of the map at the nominal image size.
+        window_size: window side that was asked for.
         window: window side M in tokens, after the rule.
         shift: shift of the odd blocks in tokens; 0 where nothing shifts.
         pretrained_window: side P whose range normalises the coordinates (M unless a pretraining window is
@@ -74,10 +75,8 @@ class WindowGeometry(nn.Module):
         self.grid = grid
         self.masked_logit = masked_logit
         self.rule: WindowRule = rule
-        if rule == "shrink" and grid <= window:
-            self.window, self.shift = grid, 0
-        else:
-            self.window, self.shift = window, window // 2
+        self.window_size = window
+        self.window, self.shift = self._fit(grid)
         if rule == "shrink" and grid % self.window:
             raise ValueError(
                 f"a map of {grid}x{grid} tokens cannot be cut into windows of {window}x{window}: choose a "
@@ -87,6 +86,13 @@ class WindowGeometry(nn.Module):
         for name in ("relative_coords", "relative_index", "shift_mask"):
             self.register_buffer(name, None, persistent=False)
         self._build_tables(device=None)
+
+    def accepts(self, height: int, width: int) -> bool:
+        """Whether a map of height × width tokens is cut into the same windows as the nominal one."""
+        if self.rule == "pad":
+            return True
+        same = self._fit(min(height, width)) == (self.window, self.shift)
+        return same and height % self.window == 0 and width % self.window == 0
 
     def padding(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of zeros to add at the bottom and the right of a map of this size."""
@@ -104,6 +110,12 @@ class WindowGeometry(nn.Module):
             f"grid={self.grid}, window={self.window}, shift={self.shift}, rule={self.rule}, "
             f"pretrained_window={self.pretrained_window}"
         )
+
+    def _fit(self, side: int) -> tuple[int, int]:
+        """Window and shift of a map whose shorter side has so many tokens."""
+        if self.rule == "shrink" and side <= self.window_size:
+            return side, 0
+        return self.window_size, self.window_size // 2
 
     def _build_tables(self, device: torch.device | None) -> None:
         self.relative_coords = relative_coords(self.window, self.pretrained_window, device)

@@ -70,7 +70,7 @@ def test_wrong_number_of_stages(choice: object, message: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rule", ["shrink", "pad"])
-@pytest.mark.parametrize("chunk", [1, 7, 64, 10_000])  # one image has 64 and 16 windows in the first stages
+@pytest.mark.parametrize("chunk", [3, 7, 64, 10_000])  # one image has 64 and 16 windows in the first stages
 def test_chunks_equal_the_whole(kind: str, rule: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     largest: list[int] = []
     original = window_attention._attend
