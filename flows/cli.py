@@ -103,6 +103,11 @@ def workspace_checks(dataset: str, recipe: str, settings: list[str], smoke: bool
     source = Path(place.params.ingest.source)
     if not (source if source.is_absolute() else place.root / source).exists():
         raise ConfigError(f"`ingest.source`: {source} does not exist")
+    initial = place.params.pretrain.initialize_from
+    if initial and not (place.root / initial).is_file():
+        raise ConfigError(
+            f"`pretrain.initialize_from`: {initial} does not exist (a relative path: in {place.root})"
+        )
     workspace.require_writable()
 
 

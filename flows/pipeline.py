@@ -155,7 +155,7 @@ def _run_stages(params: Params, root: Path, run: MlflowRun) -> list[dict[str, An
                         "parameters": _parameters_of(info, sections),
                         "environment": variables,
                     },
-                    wait_for=[futures[name] for name in info.needs],
+                    wait_for=[futures[name] for name in info.needs if name in futures],
                 )
             return [future.result() for future in futures.values()]
         except BaseException:
