@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.backbones.fused_attention import attend_windows
 from models.backbones.position_bias import BiasCache
 from models.backbones.windows import WindowGeometry
 
@@ -49,17 +50,35 @@ class WindowAttention(nn.Module):
     def forward(self, x: Tensor, windows: WindowGeometry, shift_mask: Tensor | None) -> Tensor:
         """(B, H, W, C) → (B, H, W, C); ``shift_mask`` (nW, 1, N, N) marks a shifted block."""
         height, width, dim = x.shape[1:]
-        shift = windows.shift if shift_mask is not None else 0
         pad_rows, pad_columns = windows.padding(height, width)
         if pad_rows or pad_columns:
             x = F.pad(x, (0, 0, 0, pad_columns, 0, pad_rows))
-        if shift:
-            x = torch.roll(x, (-shift, -shift), (1, 2))
-
-        M, h, d = windows.window, self.num_heads, dim // self.num_heads
-        rows, columns = (height + pad_rows) // M, (width + pad_columns) // M
         # Keys have no bias; it would not cancel in the softmax of cosines.
         qkv_bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
+        if torch.is_grad_enabled() and not _is_traced():
+            qkv = F.linear(x, self.qkv.weight, qkv_bias)
+            x = self._attend_fused(qkv, windows, shift_mask)
+        else:
+            x = self._attend(x, qkv_bias, windows, shift_mask)
+        if pad_rows or pad_columns:
+            x = x[:, :height, :width]
+        return cast(Tensor, self.proj(x))
+
+    def _attend_fused(self, qkv: Tensor, windows: WindowGeometry, shift_mask: Tensor | None) -> Tensor:
+        orders = windows.orders(qkv, self.num_heads, shift_mask is not None)
+        with _without_autocast(qkv):
+            scale = self.logit_scale.to(_at_least_fp32(qkv.dtype)).clamp(max=MAX_LOGIT_SCALE).exp()
+            return attend_windows(qkv, scale, self.position_bias(windows), shift_mask, orders, MIN_NORM)
+
+    def _attend(
+        self, x: Tensor, qkv_bias: Tensor, windows: WindowGeometry, shift_mask: Tensor | None
+    ) -> Tensor:
+        shift = windows.shift if shift_mask is not None else 0
+        if shift:
+            x = torch.roll(x, (-shift, -shift), (1, 2))
+        dim = x.shape[-1]
+        M, h, d = windows.window, self.num_heads, dim // self.num_heads
+        rows, columns = x.shape[1] // M, x.shape[2] // M
         qkv = F.linear(x, self.qkv.weight, qkv_bias)
         qkv = qkv.reshape(-1, rows, M, columns, M, 3, h, d).permute(5, 0, 1, 3, 6, 2, 4, 7)
         q, k, v = qkv.reshape(3, -1, h, M * M, d).unbind(0)  # each (B·nW, h, N, d)
@@ -82,11 +101,7 @@ class WindowAttention(nn.Module):
 
         x = x.reshape(-1, rows, columns, h, M, M, d).permute(0, 1, 4, 2, 5, 3, 6)
         x = x.reshape(-1, rows * M, columns * M, dim)
-        if shift:
-            x = torch.roll(x, (shift, shift), (1, 2))
-        if pad_rows or pad_columns:
-            x = x[:, :height, :width]
-        return cast(Tensor, self.proj(x))
+        return torch.roll(x, (shift, shift), (1, 2)) if shift else x
 
     def position_bias(self, windows: WindowGeometry) -> Tensor:
         """(h, N, N), at least fp32. It depends on weights alone, so evaluation computes it once."""
@@ -120,6 +135,10 @@ def _inverse_norm(x: Tensor) -> Tensor:
     square = (x * x).sum(dim=-1, keepdim=True)
     is_zero = square < MIN_NORM**2
     return torch.rsqrt(square.masked_fill(is_zero, 1.0)).masked_fill(is_zero, 0.0)
+
+
+def _is_traced() -> bool:
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:

@@ -24,12 +24,15 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from models.backbones.fused_attention import WindowOrders, window_orders
+
 WindowRule = Literal["shrink", "pad"]
 WINDOW_RULES: tuple[str, ...] = get_args(WindowRule)
 
 # Added to the logits of token pairs from different regions. Cosine logits reach ±100 and the position bias
 # adds up to 16, so the customary -100 is not a mask; at -1000 the softmax weight is exactly zero in fp32.
 MASKED_LOGIT = -1000.0
+KEPT_ORDERS = 8  # sizes of a batch whose orders are kept, shifted and not
 
 
 class WindowGeometry(nn.Module):
@@ -75,6 +78,7 @@ class WindowGeometry(nn.Module):
         self.pretrained_window = pretrained_window or self.window
         for name in ("relative_coords", "relative_index", "shift_mask"):
             self.register_buffer(name, None, persistent=False)
+        self._orders: dict[tuple[object, ...], WindowOrders] = {}
         self._build_tables(device=None)
 
     def padding(self, height: int, width: int) -> tuple[int, int]:
@@ -88,6 +92,15 @@ class WindowGeometry(nn.Module):
         rows, columns = self.padding(height, width)
         return shift_mask(height + rows, width + columns, self.window, self.shift, self.shift_mask.device)
 
+    def orders(self, qkv: Tensor, heads: int, is_shifted: bool) -> WindowOrders:
+        """How to gather windows and heads from a padded map (B, H, W, …) of this stage; made once per size."""
+        size = (*qkv.shape[:3], heads, self.window, self.shift if is_shifted else 0, qkv.device)
+        if size not in self._orders:
+            if len(self._orders) >= KEPT_ORDERS:
+                self._orders.clear()
+            self._orders[size] = window_orders(*size)
+        return self._orders[size]
+
     def extra_repr(self) -> str:
         return (
             f"grid={self.grid}, window={self.window}, shift={self.shift}, rule={self.rule}, "
@@ -95,6 +108,7 @@ class WindowGeometry(nn.Module):
         )
 
     def _build_tables(self, device: torch.device | None) -> None:
+        self._orders.clear()
         self.relative_coords = relative_coords(self.window, self.pretrained_window, device)
         self.relative_index = relative_index(self.window, device)
         if self.shift:
