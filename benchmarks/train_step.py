@@ -97,6 +97,11 @@ class Row:
 def make_model(case: Case) -> SimMIM | Classifier:
     torch.manual_seed(0)
     backbone = models.create(case.backbone, image_size=case.image_size, window_size=case.window_size)
+    # As in the peer. With the zeros that training starts from, the first steps' gradients are so small that
+    # the processor handles them as denormal numbers, slowly.
+    for name, parameter in backbone.named_parameters():
+        if name.endswith(("norm1.weight", "norm2.weight")):
+            nn.init.ones_(parameter)
     return SimMIM(backbone, MASK_UNIT) if case.task == "simmim" else Classifier(backbone, CLASSES)
 
 

@@ -11,7 +11,7 @@ Only training takes this way; evaluation and export use the plain operators, whi
 Precision: q and k are normalised, multiplied and put through the softmax in fp32 whatever they come in; the
 weights and the logits' gradient meet v, q and k in the type of the model.
 
-Shape legend: B batch, H×W tokens, M window side, N = M·M, nW windows per image, h heads, d channels of a head.
+Shape legend: B batch, H×W tokens, C channels, h heads, d = C/h, M window side, N = M·M, nW windows per image.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class _AttendWindows(Function):
         gradient = torch.empty((3, *v.shape), dtype=v.dtype, device=v.device)
         torch.matmul(weights.transpose(-2, -1), dx, out=gradient[2])
         dlogits = torch._softmax_backward_data(dx @ v.transpose(-2, -1), weights, -1, weights.dtype)
-        dbias = dlogits.sum(dim=0, dtype=ctx.bias_dtype)
+        dbias = dlogits.sum(dim=0).to(ctx.bias_dtype)  # accumulated in fp32 in any case
         q, k = pair.to(v.dtype).unbind(0)
         torch.matmul(dlogits, k, out=gradient[0])
         torch.matmul(dlogits.transpose(-2, -1), q, out=gradient[1])
