@@ -69,7 +69,7 @@ class Model(Section):
     backbone: str
     image_size: Positive
     patch_size: Positive
-    window_size: Positive
+    window_size: Positive | None
 
     @model_validator(mode="after")
     def _patches_fit(self) -> Self:
@@ -130,11 +130,32 @@ class Distributed(Section):
     collective_timeout_s: Annotated[int, Field(ge=60)]
 
 
+class SimMIMPretext(Section):
+    """What the paper ablates, beside the mask's unit and ratio."""
+
+    mask_kind: Literal["random", "block", "square"]
+    head: Literal["linear", "mlp", "inverse_swin"]
+    inverse_swin: str
+    target_size: Count
+    loss: Literal["l1", "l2", "smooth_l1"]
+    loss_region: Literal["masked", "all"]
+    final_norm: bool
+
+    @model_validator(mode="after")
+    def _inverse_swin_is_named(self) -> Self:
+        if self.head == "inverse_swin" and not self.inverse_swin:
+            raise ValueError(
+                "head inverse_swin needs the name of a Swin V2 in inverse_swin, e.g. swin_v2_tiny"
+            )
+        return self
+
+
 class Pretrain(Section):
     subset: Percentage
     mask_unit: Positive
     mask_ratio: OpenFraction
     normalize_target: Count
+    simmim: SimMIMPretext
     crop_scale: CropScale
     flip: bool
     drop_path: HalfOpenFraction
@@ -248,6 +269,7 @@ class Serve(Section):
     golden_int8_agreement: Fraction
     poll_s: Annotated[float, Field(gt=0.0)]
     retry_s: Annotated[float, Field(gt=0.0)]
+    keep_versions: Annotated[int, Field(ge=2)]
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

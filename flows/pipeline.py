@@ -8,7 +8,6 @@ with the same arguments.
 from __future__ import annotations
 
 import os
-import threading
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -21,14 +20,24 @@ environment.prepare()
 from prefect import flow, get_run_logger, task  # noqa: E402  # Prefect reads its settings at import
 from prefect.artifacts import create_markdown_artifact, create_table_artifact  # noqa: E402
 from prefect.cache_policies import NO_CACHE  # noqa: E402
-from prefect.client.schemas import State  # noqa: E402
 from prefect.context import FlowRunContext  # noqa: E402
 from prefect.events import emit_event  # noqa: E402
 from prefect.futures import PrefectFuture  # noqa: E402
 from prefect.task_runners import ThreadPoolTaskRunner  # noqa: E402
 
-from flows import dvc_stage, files, paths, promotion, registration, registry, smoke, tracking, workspace  # noqa: E402
-from flows.dvc_stage import StageFailed, StageInfo  # noqa: E402
+from flows import (  # noqa: E402
+    dvc_stage,
+    files,
+    paths,
+    promotion,
+    registration,
+    registry,
+    retries,
+    smoke,
+    tracking,
+    workspace,
+)
+from flows.dvc_stage import StageInfo  # noqa: E402
 from flows.params import Params, flatten  # noqa: E402
 from flows.registry import Version  # noqa: E402
 from flows.report import build_report  # noqa: E402
@@ -37,28 +46,9 @@ from flows.tracking import MlflowRun  # noqa: E402
 environment.hide_traces_of_mistakes()
 REGISTERED_EVENT = "trunkline.challenger.registered"
 LABELS_NEEDED = ("finetune", "evaluate", "export", "parity")
-_stopping = threading.Event()
 
 
-def _can_retry(task: Any, run: Any, state: State[Any]) -> bool:
-    """Only lost processes and locks; a failed gate, a bad parameter or a diverged loss fails again."""
-    try:
-        state.result()
-    except StageFailed as error:
-        return error.can_retry and not _stopping.is_set()
-    except Exception:
-        return False
-    return False
-
-
-@task(
-    task_run_name="{stage}",
-    cache_policy=NO_CACHE,
-    persist_result=False,
-    retries=2,
-    retry_delay_seconds=[5, 60],
-    retry_condition_fn=_can_retry,
-)
+@task(task_run_name="{stage}", **retries.STAGES)
 def run_stage(
     stage: str, root: str, parameters: dict[str, Any], environment: dict[str, str]
 ) -> dict[str, Any]:
@@ -110,7 +100,7 @@ def pipeline(
     """
     logger = get_run_logger()
     started = time.monotonic()
-    _stopping.clear()
+    retries.stopping.clear()
     place = workspace.prepare(dataset, recipe, settings or [])
     params, root = place.params, place.root
     flow_run = FlowRunContext.get()
@@ -158,7 +148,7 @@ def _run_stages(params: Params, root: Path, run: MlflowRun) -> list[dict[str, An
             return [future.result() for future in futures.values()]
         except BaseException:
             # before the runner waits for its threads: a stage that ends now must not be tried again
-            _stopping.set()
+            retries.stopping.set()
             _stop_children()
             raise
 

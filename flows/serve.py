@@ -5,6 +5,7 @@ A server that was started on an alias follows it (`flows.following`); one that w
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -97,7 +98,19 @@ def release(params: Params, version: Version) -> Release:
         except DataError:  # a copy that was damaged here must not be in the way for ever
             shutil.rmtree(folder)
     fetch(params, version)
+    os.utime(folder)
+    prune(served_folder(version.name), params.serve.keep_versions)
     return Release(folder, version.version, version.tags.get("git.commit", "unknown"), version.name, digest)
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Of the fetched versions in `folder` leave the `keep` last used; any other is fetched again when needed.
+
+    A server that still has one of the others open is not disturbed: its files stay readable to it.
+    """
+    fetched = [entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+    for old in sorted(fetched, key=lambda entry: entry.stat().st_mtime, reverse=True)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def override(settings: Serve, changes: Mapping[str, Any]) -> Serve:

@@ -28,13 +28,10 @@ from prefect.artifacts import (  # noqa: E402
     create_table_artifact,
     update_progress_artifact,
 )
-from prefect.cache_policies import NO_CACHE  # noqa: E402
-from prefect.client.schemas import State  # noqa: E402
 from prefect.futures import PrefectFuture  # noqa: E402
 from prefect.task_runners import ThreadPoolTaskRunner  # noqa: E402
 
-from flows import dvc_stage, params, paths, tracking, workspace  # noqa: E402
-from flows.dvc_stage import StageFailed  # noqa: E402
+from flows import dvc_stage, params, paths, retries, tracking, workspace  # noqa: E402
 from flows.errors import Interrupted, explain  # noqa: E402
 from flows.params import Params  # noqa: E402
 from flows.plots import format_duration  # noqa: E402
@@ -47,28 +44,8 @@ from flows.tracking import MlflowRun  # noqa: E402
 
 environment.hide_traces_of_mistakes()
 
-_stopping = threading.Event()
 
-
-def _can_retry(task: Any, run: Any, state: State[Any]) -> bool:
-    """Only lost processes and locks."""
-    try:
-        state.result()
-    except StageFailed as error:
-        return error.can_retry and not _stopping.is_set()
-    except Exception:
-        return False
-    return False
-
-
-@task(
-    task_run_name="{label}",
-    cache_policy=NO_CACHE,
-    persist_result=False,
-    retries=2,
-    retry_delay_seconds=[5, 60],
-    retry_condition_fn=_can_retry,
-)
+@task(task_run_name="{label}", **retries.STAGES)
 def run_stages(
     label: str,
     root: Path,
@@ -88,8 +65,8 @@ def run_stages(
             logger.info("%s: %s", label, line.removesuffix(":").lower())
 
     # the stage of a killed sweep may still be saving its checkpoint there
-    with workspace.alone_in(root, lambda: not _stopping.is_set()) as lock, open(log, "a") as file:
-        if _stopping.is_set():
+    with workspace.alone_in(root, lambda: not retries.stopping.is_set()) as lock, open(log, "a") as file:
+        if retries.stopping.is_set():
             raise Interrupted("stopped before it began")
         workspace.populate(root, dict(values))
         return dvc_stage.reproduce(root, list(targets), variables, tell, [lock])
@@ -102,7 +79,7 @@ def sweep(file: str, parallel: int = 0, retry_failed: bool = False) -> dict[str,
     Returns:
         A JSON-able summary: counts, best first rows, where the results lie.
     """
-    _stopping.clear()
+    retries.stopping.clear()
     planned = prepare(file, parallel)
     settings = params.load(paths.home() / "params.yaml")
     planned.folder.mkdir(parents=True, exist_ok=True)
@@ -181,7 +158,7 @@ def _work(board: Board) -> None:
                 waiting = {name: left for name, left in waiting.items() if board.is_wanted(left)}
         except BaseException:
             # before the runner waits for its threads: what ends now must not be tried again
-            _stopping.set()
+            retries.stopping.set()
             _stop_children()
             raise
 

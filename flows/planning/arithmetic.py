@@ -10,8 +10,9 @@ Shape legend: B batch, T tokens of all images, C channels, h heads, d = C/h, N t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
-from models.backbones.swin_v2 import SwinV2
+from models.backbones.swin import Stage, Swin, SwinBlock
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Product:
         return 2 * self.rows * self.inner * self.columns * self.batch * self.count
 
 
-def forward_products(backbone: SwinV2, batch: int, head_columns: int, *, per_token: bool) -> list[Product]:
+def forward_products(backbone: Swin, batch: int, head_columns: int, *, per_token: bool) -> list[Product]:
     """All products of one forward pass on ``batch`` images of the backbone's nominal size.
 
     Args:
@@ -42,10 +43,10 @@ def forward_products(backbone: SwinV2, batch: int, head_columns: int, *, per_tok
     patch, side = backbone.patch_size, -(-backbone.image_size // backbone.patch_size)
     dim = backbone.embed_dim
     products = [Product("patch embedding", batch * side**2, 3 * patch**2, dim)]
-    for stage, (depth, layer) in enumerate(zip(backbone.depths, backbone.layers, strict=True)):
-        name = f"stage {stage + 1}"
-        window = int(layer.windows.window)
-        heads = int(layer.blocks[0].attn.num_heads)
+    for stage, layer in enumerate(cast("list[Stage]", list(backbone.layers))):
+        name, depth = f"stage {stage + 1}", backbone.depths[stage]
+        window = layer.windows.window
+        heads = cast(SwinBlock, layer.blocks[0]).attn.num_heads
         padded = -(-side // window) * window
         tokens, attended, windows = batch * side**2, batch * padded**2, batch * (padded // window) ** 2
         products += [

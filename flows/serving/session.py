@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
 from flows.errors import ConfigError, DataError, ResourceError
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read at the import: also when DVC alone runs a stage
+import onnxruntime
 
 CPU = "CPUExecutionProvider"
 PREFERENCE = ("CUDAExecutionProvider", "ROCMExecutionProvider", "CoreMLExecutionProvider", CPU)

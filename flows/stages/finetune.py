@@ -222,7 +222,11 @@ def load_backbone(model: Classifier, path: Path) -> None:
         weights = load_file(path)
     except (OSError, SafetensorError) as error:
         raise DataError(f"{path} cannot be read ({error}); run pretrain first") from None
-    found = {name: value for name, value in weights.items() if name.startswith(BACKBONE)}
+    backbone = {
+        name.removeprefix(BACKBONE): value for name, value in weights.items() if name.startswith(BACKBONE)
+    }
+    backbone = models.finetuning_weights(backbone, model.backbone)
+    found = {BACKBONE + name: value for name, value in backbone.items()}
     wanted = {name: value for name, value in model.state_dict().items() if name.startswith(BACKBONE)}
     wrong = sorted(
         name

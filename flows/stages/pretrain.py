@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -50,11 +51,13 @@ from flows.training import (
 )
 from flows.training.outputs import write_curves, write_weights
 from models.parameter_groups import no_weight_decay
-from models.pretext.masks import masks_from_ids, upsample_masks
+from models.pretext.masks import average_distance, masks_from_ids, upsample_masks
 from models.pretext.simmim import SimMIM, normalize_targets
 
 MASK_STREAM_BIT = 40
 """Masks are drawn by number: in the validation split that of the row, in training numbers above this bit."""
+DISTANCE_MASKS = 64
+"""Of the validation split, whose mean AvgDist is logged."""
 SOURCES = [Path("flows/stages/pretrain.py"), Path("flows/training"), Path("flows/data"), Path("models")]
 
 
@@ -100,7 +103,7 @@ def run(params: Params, stage: Stage) -> None:
     def loss(engine: Any, batch: Batch) -> torch.Tensor:
         # by place in the sequence, so that a step hides the same on any number of processes
         ids = batch.positions + ((params.seed + 1) << MASK_STREAM_BIT)
-        masks = masks_from_ids(ids, model.mask_grid, settings.mask_ratio)
+        masks = draw_masks(ids, model, params)
         value: torch.Tensor = engine(images_of(batch), masks.to(processes.device)).loss
         return value
 
@@ -109,7 +112,7 @@ def run(params: Params, stage: Stage) -> None:
         for batch, weight in even_eval_batches(
             images, preprocessing, micro_batch, processes.rank, processes.world_size
         ):
-            masks = masks_from_ids(batch.rows, model.mask_grid, settings.mask_ratio)
+            masks = draw_masks(batch.rows, model, params)
             output = engine(images_of(batch), masks.to(processes.device))
             total += weight * float(output.loss_sum)
             masked += weight * float(output.masked_pixels)
@@ -173,10 +176,28 @@ def build_model(params: Params) -> SimMIM:
             window_size=params.model.window_size,
             drop_path=params.pretrain.drop_path,
             activation_checkpointing=params.pretrain.training.activation_checkpointing,
+            pretraining=True,
         )
-        return SimMIM(backbone, params.pretrain.mask_unit, params.pretrain.normalize_target)
+        choices = params.pretrain.simmim
+        return SimMIM(
+            backbone,
+            params.pretrain.mask_unit,
+            params.pretrain.normalize_target,
+            head=choices.head,
+            inverse_swin=choices.inverse_swin,
+            window_size=params.model.window_size,
+            target_size=choices.target_size,
+            loss=choices.loss,
+            loss_region=choices.loss_region,
+            final_norm=choices.final_norm,
+        )
     except ValueError as error:
-        raise ConfigError(f"params.yaml: `model`: {error}") from None
+        raise ConfigError(f"params.yaml: `model` and `pretrain`: {error}") from None
+
+
+def draw_masks(ids: torch.Tensor, model: SimMIM, params: Params) -> torch.Tensor:
+    """(B, g, g) bool, what is hidden of the images of these numbers (B,)."""
+    return masks_from_ids(ids, model.mask_grid, params.pretrain.mask_ratio, params.pretrain.simmim.mask_kind)
 
 
 def load_weights(model: SimMIM, path: Path) -> None:
@@ -205,6 +226,7 @@ def write_outputs(
         "mask_unit": params.pretrain.mask_unit,
         "mask_ratio": params.pretrain.mask_ratio,
         "normalize_target": params.pretrain.normalize_target,
+        "simmim": params.pretrain.simmim.model_dump(),
         "preprocessing": preprocessing.to_dict(),
         "data_digest": manifest.digest,
     }
@@ -218,6 +240,7 @@ def write_outputs(
         (folder / "curves.png").write_bytes(plots.curves({"pretrain": history}))
     for name in ("reconstructions.png", "curves.png"):
         stage.run.log_artifact(paths.PRETRAIN / name)
+    distance = mask_distance(params, model, validation)
     metrics = {
         "backbone": params.model.backbone,
         "parameters": sum(parameter.numel() for parameter in model.backbone.parameters()),
@@ -225,7 +248,9 @@ def write_outputs(
         "images_seen": params.pretrain.training.steps * params.pretrain.training.batch_size,
         "train_loss": result.curves[-1]["train_loss"],
         "val_loss": result.validation[-1]["val_loss"],
+        "mask_distance": distance,
     }
+    stage.run.log_metrics({"mask_distance": distance}, params.pretrain.training.steps)
     files.write_json(paths.METRICS / "pretrain.json", metrics)
     print(f"pretrain: validation loss {metrics['val_loss']:.4f} after {metrics['steps']} steps")
 
@@ -238,17 +263,32 @@ def draw_reconstructions(
     count = min(params.pretrain.picture_images, len(validation))
     batch, _ = next(even_eval_batches(validation, preprocessing, count, 0, 1))
     images = to_model_input(batch.images, preprocessing.mean, preprocessing.std)
-    masks = masks_from_ids(batch.rows, model.mask_grid, params.pretrain.mask_ratio)
+    masks = draw_masks(batch.rows, model, params)
     prediction = model.eval()(images, masks).prediction
     if model.normalize_target:  # back to pixels by the statistics that the target was normalised with
-        scaled = normalize_targets(images, model.normalize_target)
-        prediction = images + (prediction - scaled) * _local_deviation(images, scaled)
+        plain = to_size(images, prediction.shape[-1])
+        scaled = normalize_targets(plain, model.normalize_target)
+        prediction = plain + (prediction - scaled) * _local_deviation(plain, scaled)
+    prediction = to_size(prediction, images.shape[-1])
     hidden = upsample_masks(masks, model.mask_unit)[:, None]
     masked = torch.where(hidden, torch.zeros_like(images), images)
     filled = torch.where(hidden, prediction, images)
     return plots.reconstruction_grid(
         *(to_pixels(values, preprocessing) for values in (images, masked, filled))
     )
+
+
+def to_size(images: torch.Tensor, side: int) -> torch.Tensor:
+    """(B, 3, S, S) as squares of another side: means where it is smaller, repeated pixels where larger."""
+    if side < images.shape[-1]:
+        return F.avg_pool2d(images, images.shape[-1] // side)
+    return images if side == images.shape[-1] else F.interpolate(images, size=(side, side))
+
+
+def mask_distance(params: Params, model: SimMIM, validation: ImageDataset) -> float:
+    """AvgDist of the first validation masks, pixels: 10 to 20 served best in the paper (section 4.1.2)."""
+    masks = draw_masks(torch.arange(min(DISTANCE_MASKS, len(validation))), model, params)
+    return float(average_distance(masks, model.mask_unit).mean())
 
 
 def _local_deviation(images: torch.Tensor, scaled: torch.Tensor) -> torch.Tensor:

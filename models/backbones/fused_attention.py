@@ -16,6 +16,7 @@ Shape legend: B batch, H×W tokens, C channels, h heads, d = C/h, M window side,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -57,9 +58,14 @@ def window_orders(
 
 
 def attend_windows(
-    qkv: Tensor, scale: Tensor, bias: Tensor, mask: Tensor | None, orders: WindowOrders, min_norm: float
+    qkv: Tensor,
+    scale: Tensor | None,
+    bias: Tensor,
+    mask: Tensor | None,
+    orders: WindowOrders,
+    min_norm: float,
 ) -> Tensor:
-    """softmax(scale·cos(q, k) + bias + mask)·v in every window.
+    """softmax(scale·cos(q, k) + bias + mask)·v in every window; without a scale, of q·k/√d.
 
     Args:
         qkv: (B, H, W, 3C), H and W multiples of the window.
@@ -71,7 +77,8 @@ def attend_windows(
     Returns:
         (B, H, W, C).
     """
-    return cast(Tensor, _AttendWindows.apply(qkv, scale, bias, mask, orders, min_norm))
+    apply = cast("Callable[..., Tensor]", _AttendWindows.apply)
+    return apply(qkv, scale, bias, mask, orders, min_norm)
 
 
 def _inverse(order: Tensor) -> Tensor:
@@ -85,7 +92,7 @@ class _AttendWindows(Function):
     def forward(
         ctx: Any,
         qkv: Tensor,
-        scale: Tensor,
+        scale: Tensor | None,
         bias: Tensor,
         mask: Tensor | None,
         orders: WindowOrders,
@@ -94,12 +101,16 @@ class _AttendWindows(Function):
         heads, tokens = bias.shape[:2]
         d = qkv.shape[-1] // (3 * heads)
         parts = qkv.reshape(-1, d).index_select(0, orders.split).view(3, -1, heads, tokens, d)
-        pair, v = parts[:2].to(scale.dtype), parts[2]
+        pair, v = parts[:2].to(bias.dtype), parts[2]
 
-        norm = torch.linalg.vector_norm(pair, dim=-1, keepdim=True)
-        gain = norm.reciprocal().masked_fill_(norm < min_norm, 0.0)
-        gain[0].mul_(scale)
-        pair.mul_(gain)  # q·scale/‖q‖ and k/‖k‖
+        gain = None
+        if scale is None:
+            pair[0].mul_(d**-0.5)
+        else:
+            norm = torch.linalg.vector_norm(pair, dim=-1, keepdim=True)
+            gain = norm.reciprocal().masked_fill_(norm < min_norm, 0.0)
+            gain[0].mul_(scale)
+            pair.mul_(gain)  # q·scale/‖q‖ and k/‖k‖
         q, k = pair.unbind(0)
 
         logits = q @ k.transpose(-2, -1)  # (B·nW, h, N, N)
@@ -126,12 +137,16 @@ class _AttendWindows(Function):
         torch.matmul(dlogits, k, out=gradient[0])
         torch.matmul(dlogits.transpose(-2, -1), q, out=gradient[1])
 
-        # With u = s·x/‖x‖ and its gradient g: dx = s/‖x‖·(g − u·(u·g)/s²), and ds = Σ u·g/s. (s = 1 for k.)
+        dscale = None
         exact = gradient[:2].to(pair.dtype)
-        along = (pair * exact).sum(dim=-1, keepdim=True)
-        dscale = along[0].sum(dim=(0, 2)).view_as(scale) / scale
-        along[0].div_(scale * scale)
-        exact.addcmul_(pair, along, value=-1.0).mul_(gain)
+        if gain is None:
+            exact[0].mul_(v.shape[-1] ** -0.5)
+        else:
+            # With u = s·x/‖x‖ and its gradient g: dx = s/‖x‖·(g − u·(u·g)/s²), and ds = Σ u·g/s; s = 1 for k.
+            along = (pair * exact).sum(dim=-1, keepdim=True)
+            dscale = along[0].sum(dim=(0, 2)).view_as(scale) / scale
+            along[0].div_(scale * scale)
+            exact.addcmul_(pair, along, value=-1.0).mul_(gain)
         if exact.dtype != gradient.dtype:
             gradient[:2].copy_(exact)
         dqkv = gradient.view(-1, v.shape[-1]).index_select(0, ctx.orders.unsplit).view(ctx.shape)

@@ -1,4 +1,4 @@
-"""Window geometry of one Swin V2 stage: sizes, shift masks and the coordinates of the position bias.
+"""Window geometry of one Swin stage: sizes, shift masks and the coordinates of the position bias.
 
 Implements the window rules of "Swin Transformer V2" (arXiv 2111.09883, section 3.3) in two named versions:
 
@@ -31,6 +31,7 @@ WINDOW_RULES: tuple[str, ...] = get_args(WindowRule)
 
 # Added to the logits of token pairs from different regions. Cosine logits reach ±100 and the position bias
 # adds up to 16, so the customary -100 is not a mask; at -1000 the softmax weight is exactly zero in fp32.
+# Give -100 to reproduce the released models at temperatures near their lower bound.
 MASKED_LOGIT = -1000.0
 KEPT_ORDERS = 8  # sizes of a batch whose orders are kept, shifted and not
 
@@ -40,13 +41,14 @@ class WindowGeometry(nn.Module):
 
     Attributes:
         grid: tokens per side of the map at the nominal image size.
+        window_size: window side that was asked for.
         window: window side M in tokens, after the rule.
         shift: shift of the odd blocks in tokens; 0 where nothing shifts.
         pretrained_window: side P whose range normalises the coordinates (M unless a pretraining window is
             given).
         relative_coords: ((2M-1)², 2) fp32, log-spaced relative coordinates, row offset first.
         relative_index: (N·N,) int64, the row of ``relative_coords`` for each pair (query, key).
-        shift_mask: (nW, 1, N, N) fp32, 0 or ``MASKED_LOGIT``; None where nothing shifts.
+        shift_mask: (nW, 1, N, N) fp32, 0 or ``masked_logit``; None where nothing shifts.
 
     Raises:
         ValueError: the window does not fit the grid.
@@ -56,7 +58,14 @@ class WindowGeometry(nn.Module):
     relative_index: Tensor
     shift_mask: Tensor | None
 
-    def __init__(self, grid: int, window: int, rule: WindowRule, pretrained_window: int = 0) -> None:
+    def __init__(
+        self,
+        grid: int,
+        window: int,
+        rule: WindowRule,
+        pretrained_window: int = 0,
+        masked_logit: float = MASKED_LOGIT,
+    ) -> None:
         super().__init__()
         if rule not in WINDOW_RULES:
             raise ValueError(f"window_rule is {rule!r}, but must be one of {', '.join(WINDOW_RULES)}.")
@@ -64,12 +73,13 @@ class WindowGeometry(nn.Module):
             raise ValueError(f"window_size is {window}, but must be at least 1 token.")
         if pretrained_window < 0:
             raise ValueError(f"a pretrained window is {pretrained_window}, but must be 0 (same) or positive.")
+        if not masked_logit < 0:
+            raise ValueError(f"masked_logit is {masked_logit}, but must be negative.")
         self.grid = grid
+        self.masked_logit = masked_logit
         self.rule: WindowRule = rule
-        if rule == "shrink" and grid <= window:
-            self.window, self.shift = grid, 0
-        else:
-            self.window, self.shift = window, window // 2
+        self.window_size = window
+        self.window, self.shift = self._fit(grid)
         if rule == "shrink" and grid % self.window:
             raise ValueError(
                 f"a map of {grid}x{grid} tokens cannot be cut into windows of {window}x{window}: choose a "
@@ -81,6 +91,13 @@ class WindowGeometry(nn.Module):
         self._orders: dict[tuple[object, ...], WindowOrders] = {}
         self._build_tables(device=None)
 
+    def accepts(self, height: int, width: int) -> bool:
+        """Whether a map of height × width tokens is cut into the same windows as the nominal one."""
+        if self.rule == "pad":
+            return True
+        same = self._fit(min(height, width)) == (self.window, self.shift)
+        return same and height % self.window == 0 and width % self.window == 0
+
     def padding(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of zeros to add at the bottom and the right of a map of this size."""
         return -height % self.window, -width % self.window
@@ -90,10 +107,10 @@ class WindowGeometry(nn.Module):
         if self.shift_mask is None or (height, width) == (self.grid, self.grid):
             return self.shift_mask
         rows, columns = self.padding(height, width)
-        return shift_mask(height + rows, width + columns, self.window, self.shift, self.shift_mask.device)
+        return self._make_mask(height + rows, width + columns, self.shift_mask.device)
 
     def orders(self, qkv: Tensor, heads: int, is_shifted: bool) -> WindowOrders:
-        """How to gather windows and heads from a padded map (B, H, W, …) of this stage; made once per size."""
+        """How to gather windows and heads from a padded map (B, H, W, …) of this stage; made once a size."""
         size = (*qkv.shape[:3], heads, self.window, self.shift if is_shifted else 0, qkv.device)
         if size not in self._orders:
             if len(self._orders) >= KEPT_ORDERS:
@@ -107,15 +124,22 @@ class WindowGeometry(nn.Module):
             f"pretrained_window={self.pretrained_window}"
         )
 
+    def _fit(self, side: int) -> tuple[int, int]:
+        """Window and shift of a map whose shorter side has so many tokens."""
+        if self.rule == "shrink" and side <= self.window_size:
+            return side, 0
+        return self.window_size, self.window_size // 2
+
     def _build_tables(self, device: torch.device | None) -> None:
         self._orders.clear()
         self.relative_coords = relative_coords(self.window, self.pretrained_window, device)
         self.relative_index = relative_index(self.window, device)
         if self.shift:
             rows, columns = self.padding(self.grid, self.grid)
-            self.shift_mask = shift_mask(
-                self.grid + rows, self.grid + columns, self.window, self.shift, device
-            )
+            self.shift_mask = self._make_mask(self.grid + rows, self.grid + columns, device)
+
+    def _make_mask(self, height: int, width: int, device: torch.device | None) -> Tensor:
+        return shift_mask(height, width, self.window, self.shift, device, self.masked_logit)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WindowGeometry:
         # Every .to(), .half(), .cuda() and .to_empty() comes through here; only the device is taken over.
@@ -150,12 +174,17 @@ def relative_index(window: int, device: torch.device | None = None) -> Tensor:
 
 
 def shift_mask(
-    height: int, width: int, window: int, shift: int, device: torch.device | None = None
+    height: int,
+    width: int,
+    window: int,
+    shift: int,
+    device: torch.device | None = None,
+    masked_logit: float = MASKED_LOGIT,
 ) -> Tensor:
     """Additive mask (nW, 1, N, N) fp32 of a map that was rolled by ``-shift`` along both axes.
 
     After the roll the last windows hold tokens from opposite borders; pairs of tokens that were not
-    neighbours get ``MASKED_LOGIT``. Both sides must be multiples of the window.
+    neighbours get ``masked_logit``. Both sides must be multiples of the window.
     """
 
     def band(size: int) -> Tensor:  # 0, 1, 2: the slices (0, −M), (−M, −s), (−s, end) of one axis
@@ -166,4 +195,4 @@ def shift_mask(
     region = region.view(height // window, window, width // window, window).permute(0, 2, 1, 3)
     region = region.reshape(-1, window * window)
     other = region[:, :, None] != region[:, None, :]
-    return (other.float() * MASKED_LOGIT).unsqueeze(1)
+    return (other.float() * masked_logit).unsqueeze(1)

@@ -9,7 +9,7 @@ import models
 from models.backbones.interface import Backbone
 from tests.models.conftest import randomize
 
-QUICK = ["swin_v2_pico"]
+QUICK = ["swin_v2_pico", "swin_v1_pico", "vit_pico", "deit_pico"]
 
 
 def build(name: str) -> Backbone:

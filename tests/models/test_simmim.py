@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import models
 from models.backbones.swin_v2 import SwinV2, SwinV2Size
-from models.pretext.masks import masked_count, upsample_masks
+from models.pretext.masks import MASK_KINDS, average_distance, masked_count, upsample_masks
 from models.pretext.simmim import SimMIM, masks_from_ids, normalize_targets, random_masks
 from tests.models.conftest import randomize
 
 SMALL = SwinV2Size(16, (2, 2), (2, 4))
 
 
-def simmim(mask_unit: int = 8, normalize_target: int = 0) -> SimMIM:
-    return SimMIM(SwinV2(SMALL, image_size=32, window_size=4), mask_unit, normalize_target)
+def simmim(mask_unit: int = 8, normalize_target: int = 0, **choices: Any) -> SimMIM:
+    return SimMIM(SwinV2(SMALL, image_size=32, window_size=4), mask_unit, normalize_target, **choices)
 
 
 def images_of(batch: int, side: int = 32) -> Tensor:
@@ -82,6 +84,60 @@ def test_masks_are_aligned_with_squares() -> None:
         for column in range(6):
             square = pixels[:, row * 32 : row * 32 + 32, column * 32 : column * 32 + 32].flatten(1)
             assert torch.equal(square, masks[:, row, column, None].expand_as(square))
+
+
+@pytest.mark.parametrize("kind", MASK_KINDS)
+@pytest.mark.parametrize(("grid", "ratio"), [(6, 0.6), (14, 0.4), (2, 0.5), (7, 0.95)])
+def test_every_kind_of_mask_has_the_exact_count_and_depends_on_the_id_alone(
+    kind: Any, grid: int, ratio: float
+) -> None:
+    masks = masks_from_ids(torch.arange(200), grid, ratio, kind)
+    assert (masks.sum((1, 2)) == masked_count(grid**2, ratio)).all()
+    assert torch.equal(masks_from_ids(torch.tensor([7]), grid, ratio, kind)[0], masks[7])
+    if kind != "square" or grid**2 > 2 * masked_count(grid**2, ratio):  # else it may have one place only
+        assert len(masks.flatten(1).unique(dim=0)) > 1
+
+
+def test_blocks_and_squares_hold_together() -> None:
+    """Neighbours of hidden squares are hidden far more often than by chance; a square is one rectangle."""
+    masks = {kind: masks_from_ids(torch.arange(300), 14, 0.4, kind) for kind in MASK_KINDS}
+
+    def togetherness(mask: Tensor) -> float:
+        return (mask[:, :, 1:] & mask[:, :, :-1]).float().mean().item() / mask.float().mean().item()
+
+    assert togetherness(masks["random"]) == pytest.approx(0.4, abs=0.02)
+    assert togetherness(masks["block"]) > 0.75
+    for mask in masks["square"]:
+        rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
+        assert rows.max() - rows.min() == columns.max() - columns.min() == 8  # 9 x 9 holds 79 of 196
+    # Blocks lie anywhere: no row is favoured by more than the border explains.
+    share = masks["block"].float().mean((0, 2))
+    assert share.min() > 0.15
+
+
+def test_an_unknown_kind_of_mask_is_refused() -> None:
+    with pytest.raises(ValueError, match="mask_kind is 'cross', but must be one of random, block, square"):
+        masks_from_ids(torch.arange(2), 4, 0.5, "cross")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", MASK_KINDS)
+def test_average_distance_equals_brute_force(kind: Any) -> None:
+    masks = masks_from_ids(torch.arange(6), 5, 0.6, kind)
+    for unit in (1, 3):
+        expected = []
+        for pixels in upsample_masks(masks, unit):
+            between = torch.cdist(pixels.nonzero().double(), (~pixels).nonzero().double())
+            expected.append(between.amin(1).mean().float())
+        torch.testing.assert_close(average_distance(masks, unit), torch.stack(expected))
+
+
+def test_average_distance_of_known_masks() -> None:
+    alone = torch.zeros(1, 3, 3, dtype=torch.bool)
+    alone[0, 1, 1] = True
+    assert average_distance(alone, 1).item() == 1.0
+    all_but_one = torch.ones(1, 1, 1, dtype=torch.bool).repeat(1, 2, 2)
+    all_but_one[0, 0, 0] = False
+    assert average_distance(all_but_one, 1).item() == pytest.approx((1 + 1 + 2**0.5) / 3)
 
 
 # --- targets ---------------------------------------------------------------------------------------------
@@ -207,6 +263,115 @@ def test_a_few_steps_learn_what_neighbours_tell() -> None:
         losses.append(loss.item())
     # The best answer without looking, 0, costs E|N(0,1)| = 0.80.
     assert sum(losses[-5:]) / 5 < 0.5
+
+
+# --- what the paper ablates ------------------------------------------------------------------------------
+
+ERRORS = {
+    "l1": lambda d: d.abs(),
+    "l2": lambda d: d**2,
+    "smooth_l1": lambda d: torch.where(d.abs() < 1, 0.5 * d**2, d.abs() - 0.5),
+}
+
+
+@pytest.mark.parametrize("loss", ERRORS)
+@pytest.mark.parametrize("region", ["masked", "all"])
+@pytest.mark.parametrize(("target_size", "window"), [(32, 0), (16, 5), (4, 0)])
+def test_every_loss_equals_its_definition(loss: Any, region: Any, target_size: int, window: int) -> None:
+    model = simmim(8, window, loss=loss, loss_region=region, target_size=target_size)
+    randomize(model)
+    images, mask = images_of(3), random_masks(3, 4, 0.6)
+    output = model(images, mask)
+    assert output.prediction.shape == (3, 3, target_size, target_size)
+    side = 32 // target_size
+    total, count = 0.0, 0
+    target = torch.stack(  # means over squares, one by one
+        [
+            torch.stack([images[..., y : y + side, x : x + side].mean((2, 3)) for x in range(0, 32, side)], 2)
+            for y in range(0, 32, side)
+        ],
+        2,
+    )
+    if window:
+        target = normalize_targets(target, window)
+    for i in range(3):
+        for y in range(target_size):
+            for x in range(target_size):
+                if region == "all" or mask[i, y * side // 8, x * side // 8]:
+                    error = ERRORS[loss](output.prediction[i, :, y, x] - target[i, :, y, x])
+                    total, count = total + error.mean().item(), count + 1
+    assert output.masked_pixels.item() == count
+    assert output.loss.item() == pytest.approx(total / count, rel=1e-4)
+    assert output.loss_sum.item() == pytest.approx(total, rel=1e-4)
+
+
+@pytest.mark.parametrize("head", ["linear", "mlp", "inverse_swin"])
+@pytest.mark.parametrize("target_size", [0, 8])
+def test_every_head_learns_through_all_its_weights(head: Any, target_size: int) -> None:
+    if head == "inverse_swin" and target_size:
+        target_size = 16  # it ends with more tokens than 8 x 8 pixels
+    model = simmim(
+        head=head, inverse_swin="swin_v2_pico", window_size=4, target_size=target_size
+    )  # pico: two stages, 64 channels
+    randomize(model)
+    output = model(images_of(2), random_masks(2, 4, 0.6))
+    assert output.prediction.shape[2] == (target_size or 32)
+    output.loss.backward()
+    for name, parameter in model.decoder.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.any(), name
+
+
+def test_a_head_of_its_own_does_not_change_the_weights_of_the_default() -> None:
+    """The order in which weights are drawn is part of a default run's bytes."""
+    torch.manual_seed(0)
+    model = simmim()
+    digest = hashlib.sha256(
+        b"".join(p.detach().numpy().tobytes() for p in model.state_dict().values())
+    ).hexdigest()
+    assert list(model.state_dict())[-2:] == ["decoder.0.weight", "decoder.0.bias"]
+    assert digest == "96984645b31ec26ffd656316300e08ffd15f1d1fce2aad81f741f41f6096ef8b"
+
+
+@pytest.mark.parametrize(("head", "millions"), [("mlp", 91.09), ("inverse_swin", 115.26)])
+def test_heads_have_the_sizes_of_the_paper(head: Any, millions: float) -> None:
+    """90.9 M and 115 M with Swin-B (section 4.1.3, there V1: 0.2 M smaller)."""
+    with torch.device("meta"):
+        backbone = models.create("swin_v2_base", image_size=192, window_size=6)
+        model = SimMIM(backbone, 32, head=head, inverse_swin="swin_v2_tiny", window_size=6)
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.01)
+
+
+def test_without_the_final_norm_the_head_reads_the_map_before_it() -> None:
+    model, plain = simmim(final_norm=False), simmim()
+    randomize(model)
+    randomize(plain)
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    images, mask = images_of(2), random_masks(2, 4, 0.6)
+    normalised = plain.backbone.forward_features(images, upsample_masks(mask, 2), plain.mask_token)
+    raw = model.backbone.forward_features(images, upsample_masks(mask, 2), model.mask_token)
+    again = plain.backbone.norm(raw.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    torch.testing.assert_close(again, normalised, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model(images, mask).prediction, model.decoder(raw))
+    model(images, mask).loss.backward()
+    assert model.backbone.norm.weight.grad is None
+    assert not model.backbone.norm.weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("choices", "words"),
+    [
+        ({"target_size": 12}, "target_size is 12, but must divide image_size 32"),
+        ({"target_size": 2}, "multiple of the 4 squares"),
+        ({"head": "conv"}, "head is 'conv', but must be one of linear, mlp, inverse_swin"),
+        ({"head": "inverse_swin"}, "inverse_swin is '', but the head needs one of swin_v2_pico"),
+        ({"loss": "huber"}, "loss is 'huber', but must be one of l1, l2, smooth_l1"),
+        ({"loss_region": "visible"}, "loss_region is 'visible', but must be one of masked, all"),
+    ],
+)
+def test_choices_that_do_not_exist_are_refused(choices: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        simmim(**choices)
 
 
 @pytest.mark.parametrize("mask_unit", [0, 2, 6, 12])

@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import models
+from models.backbones.swin import Swin
+from models.backbones.swin_v1 import SwinV1, SwinV1Size
 from models.backbones.swin_v2 import Block, DropPath, SwinV2, SwinV2Size
 from models.backbones.window_attention import WindowAttention
-from models.backbones.windows import WindowGeometry
+from models.backbones.windows import MASKED_LOGIT, WindowGeometry
 from models.classification import Classifier
 from tests.models.conftest import randomize
 
@@ -49,6 +51,17 @@ def test_parameter_counts_of_the_published_sizes(name: str, parameters: int) -> 
     with torch.device("meta"):
         model = Classifier(models.create(name, image_size=256, window_size=8), num_classes=1000)
     assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+def test_heads_of_the_huge_model_can_be_the_other_candidate() -> None:
+    heads = (8, 16, 32, 64)
+    with torch.device("meta"):
+        backbone = models.create("swin_v2_huge", image_size=192, window_size=12, num_heads=heads)
+        model = Classifier(backbone, num_classes=1000)
+    assert sum(p.numel() for p in model.parameters()) == 657_883_256 + 8_448
+    assert [stage.blocks[0].attn.logit_scale.numel() for stage in backbone.layers] == list(heads)
+    with pytest.raises(ValueError, match="7 heads do not divide the 64 channels of stage 0"):
+        models.create("swin_v2_pico", image_size=32, window_size=4, num_heads=(7, 8))
 
 
 @pytest.mark.parametrize("name", ["swin_v2_pico", "swin_v2_nano"])
@@ -135,6 +148,22 @@ def test_unknown_name_lists_the_known_ones() -> None:
 def test_images_of_another_size_are_refused_where_windows_shrink() -> None:
     with pytest.raises(ValueError, match="48x48 pixels, but this backbone was built for 32x32"):
         small()(images_of(1, 48))
+
+
+@torch.no_grad()
+def test_rectangles_with_the_same_windows_fit_where_windows_shrink() -> None:
+    model = SwinV2(SwinV2Size(16, (2, 2), (2, 4)), image_size=32, window_size=4).eval()
+    randomize(model)
+    wide = images_of(2, 32, 64)
+    assert [m.shape[2:] for m in model.feature_maps(wide)] == [(8, 16), (4, 8)]
+    pad = small(window_rule="pad").eval()
+    pad.load_state_dict(model.state_dict())
+    torch.testing.assert_close(model.feature_maps(wide)[0], pad.feature_maps(wide)[0], atol=0, rtol=0)
+    assert not torch.allclose(model(wide), pad(wide))  # there the second stage shifts
+    # Larger, or with a last map of 4x6, or smaller, or not of whole tokens.
+    for height, width in ((64, 64), (32, 48), (24, 32), (36, 32)):
+        with pytest.raises(ValueError, match=f"{height}x{width} pixels"):
+            model(images_of(1, height, width))
 
 
 # --- initialisation and regularisation -------------------------------------------------------------------
@@ -279,12 +308,53 @@ def test_padding_rule_takes_any_size() -> None:
     torch.testing.assert_close(model(images_of(2, 48)), native(images_of(2, 48)), atol=0, rtol=0)
 
 
+@torch.no_grad()
+def test_stage_norms_end_the_maps_and_change_nothing_else() -> None:
+    plain, normed = small(window_rule="pad").eval(), small(window_rule="pad", stage_norms=True).eval()
+    randomize(normed)
+    missing, unexpected = plain.load_state_dict(normed.state_dict(), strict=False)
+    assert not missing
+    assert set(unexpected) == {f"norm{i}.{kind}" for i in range(2) for kind in ("weight", "bias")}
+    images = images_of(2, 45, 70)
+    assert torch.equal(plain(images), normed(images))
+    for stage, (raw, done) in enumerate(
+        zip(plain.feature_maps(images), normed.feature_maps(images), strict=True)
+    ):
+        norm = normed.get_submodule(f"norm{stage}")
+        expected = F.layer_norm(raw.permute(0, 2, 3, 1), (16 * 2**stage,), norm.weight, norm.bias)
+        torch.testing.assert_close(done, expected.permute(0, 3, 1, 2))
+
+
+@torch.no_grad()
+def test_maps_of_features_as_input() -> None:
+    model = small(window_rule="pad", in_channels=7, patch_size=1).eval()
+    randomize(model)
+    assert [m.shape for m in model.feature_maps(torch.randn(2, 7, 9, 13))] == [(2, 16, 9, 13), (2, 32, 5, 7)]
+
+
+@pytest.mark.parametrize("rule", ["shrink", "pad"])
+def test_windows_of_one_token_train(rule: str) -> None:
+    for arguments in ({"window_size": 1}, {"window_size": 4, "pretrained_windows": (1, 1)}):
+        model = small(window_rule=rule, **arguments)
+        randomize(model)
+        model(images_of(2, 32)).square().mean().backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
 # --- precision -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_zero_keys_of_padding_stay_finite_in_half_precision(dtype: torch.dtype) -> None:
-    model = small(image_size=36, window_rule="pad")
+@pytest.mark.parametrize("chunk", [0, 5])
+@pytest.mark.parametrize("kind", ["v1", "v2"])
+def test_zero_keys_of_padding_stay_finite_in_half_precision(
+    kind: str, chunk: int, dtype: torch.dtype
+) -> None:
+    if kind == "v2":
+        model: Swin = small(image_size=36, window_rule="pad", attention_chunk=chunk)
+    else:
+        size = SwinV1Size(16, (2, 2), (2, 4))
+        model = SwinV1(size, image_size=36, window_size=4, window_rule="pad", attention_chunk=chunk)
     randomize(model)
     reference = model(images_of(2, 36))
     model.to(dtype)
@@ -315,6 +385,25 @@ def test_attention_runs_in_fp32_under_autocast() -> None:
         output = attention(torch.randn(1, 4, 4, 8), windows, None)
     assert output.dtype == torch.bfloat16
     torch.testing.assert_close(attention.position_bias(windows), attention.compute_position_bias(windows))
+
+
+def test_released_mask_leaks_at_the_lowest_temperature_and_ours_does_not() -> None:
+    """Cosine logits reach ±100 there, so that -100 does not hide a token beyond the seam (spec 1.3)."""
+    changes = {}
+    for fill in (MASKED_LOGIT, -100.0):
+        attention = WindowAttention(8, 1).eval()
+        windows = WindowGeometry(8, 4, "shrink", masked_logit=fill)
+        with torch.no_grad():
+            attention.logit_scale.fill_(9.0)
+            attention.qkv.weight.copy_(torch.cat((torch.eye(8), -torch.eye(8), torch.eye(8))))
+            attention.proj.weight.copy_(torch.eye(8))
+            x = torch.ones(1, 8, 8, 8)  # own keys are opposite to the query: logit -100
+            changed = x.clone()
+            changed[0, 0, 0] = -1.0  # beyond the seam lies one that agrees with it: logit +100
+            outputs = [attention(tokens, windows, windows.shift_mask) for tokens in (x, changed)]
+        changes[fill] = (outputs[0] - outputs[1])[0, 7, 7].abs().max().item()  # a window of four regions
+    assert changes[MASKED_LOGIT] == 0.0
+    assert changes[-100.0] > 0.01
 
 
 def test_temperature_is_bounded_above_only() -> None:

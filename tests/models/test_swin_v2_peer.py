@@ -47,6 +47,39 @@ def test_logits_equal_those_of_transformers(geometry: str) -> None:
 
 
 @torch.no_grad()
+def test_logits_at_the_lowest_temperatures_equal_those_of_transformers() -> None:
+    """In double precision: factors of up to 100 before the softmax magnify every rounding of fp32."""
+    model = Classifier(backbone_of("last-stage-shrunken"), num_classes=10).eval()
+    randomize(model)
+    for name, parameter in model.named_parameters():
+        if name.endswith("logit_scale"):
+            parameter.add_(2.0)  # 3 … 6.5; the bound is 4.6
+    peer = Swinv2ForImageClassification(peer_config(TINY, model.backbone, 8, (0, 0, 0))).eval()
+    peer.load_state_dict(peer_state(model.state_dict()), strict=True)
+    images = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(1)).double()
+    torch.testing.assert_close(model.double()(images), peer.double()(images).logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("pretrained", [(0, 0, 0), (3, 5, 2)])
+@torch.no_grad()
+def test_padded_maps_equal_those_of_transformers(pretrained: tuple[int, ...]) -> None:
+    """Maps of 18, 9 and 5 tokens under windows of 7. transformers shrinks the window of the last, we do not:
+    compare what enters the stages."""
+    backbone = SwinV2(TINY, image_size=72, window_size=7, window_rule="pad", pretrained_windows=pretrained)
+    model = Classifier(backbone, num_classes=10).eval()
+    randomize(model)
+    peer = Swinv2ForImageClassification(peer_config(TINY, model.backbone, 7, pretrained)).eval()
+    peer.load_state_dict(peer_state(model.state_dict()), strict=True)
+    images = torch.randn(2, 3, 72, 72, generator=torch.Generator().manual_seed(1))
+    maps = backbone.feature_maps(images)
+    hidden = peer.swinv2(images, output_hidden_states=True).reshaped_hidden_states
+    for stage in range(2):
+        merged = backbone.layers[stage].downsample(maps[stage].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        assert merged.std() > 0.1
+        torch.testing.assert_close(merged, hidden[stage + 1], atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
 def test_stage_maps_equal_those_of_transformers() -> None:
     model = Classifier(backbone_of("last-stage-shrunken"), num_classes=10).eval()
     randomize(model)
