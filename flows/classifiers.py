@@ -35,6 +35,7 @@ class ClassifierConfig:
     preprocessing: Preprocessing
     data_digest: str  # digest of the data set's manifest
     start_sha256: str  # of the weights that training started from; empty: random weights
+    feature: int = -1  # what the head reads, see Classifier
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -44,6 +45,7 @@ class ClassifierConfig:
             "preprocessing": self.preprocessing.to_dict(),
             "data_digest": self.data_digest,
             "start_sha256": self.start_sha256,
+            **({"feature": self.feature} if self.feature >= 0 else {}),
         }
 
     @classmethod
@@ -60,13 +62,15 @@ class ClassifierConfig:
             preprocessing=Preprocessing.from_dict(value["preprocessing"]),
             data_digest=value["data_digest"],
             start_sha256=value["start_sha256"],
+            feature=value.get("feature", -1),
         )
 
 
 def build_classifier(config: ClassifierConfig) -> Classifier:
     """The network that `config` describes, with fresh weights."""
     arguments = dict(config.backbone)
-    return Classifier(models.create(arguments.pop("name"), **arguments), len(config.classes))
+    backbone = models.create(arguments.pop("name"), **arguments)
+    return Classifier(backbone, len(config.classes), config.feature)
 
 
 def save_classifier(folder: Path, model: Classifier, config: ClassifierConfig) -> None:

@@ -325,6 +325,45 @@ def ui(
 
 
 @app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="weights file, index of shards, or folder")],
+    target: Annotated[
+        Path, typer.Argument(metavar="OUT", help=".safetensors, .pth, .pt, .bin; else a new folder")
+    ],
+    to: Annotated[str, typer.Option(help="layout: ours, official, timm or transformers")] = "ours",
+    model: Annotated[str, typer.Option(help="its name; empty: told by the shapes")] = "",
+    image_size: Annotated[int, typer.Option(min=0, help="pixels; 0: as the checkpoint tells")] = 0,
+    window_size: Annotated[int, typer.Option(min=0, help="tokens; 0: as the checkpoint tells")] = 0,
+    pretrained_windows: Annotated[
+        str, typer.Option(help="Swin V2: window it was trained with, per stage, like 12,12,12,6")
+    ] = "",
+    head: Annotated[str, typer.Option(help="keep or drop the head and a pretext task's parts")] = "keep",
+    tables: Annotated[
+        str, typer.Option(help="resizing of V1's and ViT's position tables: bicubic or geometric")
+    ] = "bicubic",
+    force: Annotated[bool, typer.Option("--force", help="replace OUT")] = False,
+    max_gb: Annotated[float, typer.Option(min=0.0, help="largest IN that is read, GiB; 0: 128")] = 0.0,
+) -> None:
+    """Convert published weights: official Swin, SimMIM and MoBY releases, timm, transformers, torchvision."""
+    from flows.convert import convert as convert_weights
+
+    lines = convert_weights(
+        source,
+        target,
+        layout=to,
+        name=model,
+        image_size=image_size,
+        window_size=window_size,
+        pretrained_windows=pretrained_windows,
+        head=head,
+        tables=tables,
+        force=force,
+        max_gb=max_gb,
+    )
+    print("\n".join(lines))
+
+
+@app.command()
 def report() -> None:
     """Write artifacts/report.html again from what the stages left."""
     from flows.report import build_report

@@ -27,6 +27,10 @@ CropScale = Annotated[  # strict=False: YAML has lists, not tuples
     tuple[Annotated[float, Field(gt=0.0, le=1.0)], Annotated[float, Field(gt=0.0, le=1.0)]],
     Field(strict=False),
 ]
+FractionPair = Annotated[tuple[Fraction, Fraction], Field(strict=False)]
+PositivePair = Annotated[
+    tuple[Annotated[float, Field(gt=0.0)], Annotated[float, Field(gt=0.0)]], Field(strict=False)
+]
 Providers = Literal["auto"] | Annotated[list[str], Field(min_length=1)]
 
 
@@ -94,6 +98,7 @@ class Training(Section):
     zero_stage: Annotated[int, Field(ge=0, le=3)]
     precision: Literal["fp32", "bf16", "auto"]
     activation_checkpointing: bool
+    optimizer: Literal["adamw", "sgd"]
     lr: Annotated[float, Field(gt=0.0)]
     warmup_lr: NonNegative
     min_lr: NonNegative
@@ -114,6 +119,8 @@ class Training(Section):
             raise ValueError(f"warmup_steps {self.warmup_steps} must be below steps {self.steps}")
         if self.min_lr > self.lr or self.warmup_lr > self.lr:
             raise ValueError(f"min_lr and warmup_lr must not exceed lr {self.lr}")
+        if self.optimizer == "sgd" and self.zero_stage > 0:
+            raise ValueError(f"optimizer sgd needs zero_stage 0, found {self.zero_stage}")
         divisor = self.accumulation * (1 if self.processes == "auto" else self.processes)
         if self.batch_size % divisor:
             raise ValueError(
@@ -150,8 +157,37 @@ class SimMIMPretext(Section):
         return self
 
 
+class MoBYViews(Section):
+    """What happens to the two views; pairs are of the first and second view, or a range."""
+
+    crop_scale: CropScale
+    flip: Fraction
+    jitter: Fraction
+    brightness: NonNegative
+    contrast: NonNegative
+    saturation: NonNegative
+    hue: Annotated[float, Field(ge=0.0, le=0.5)]
+    grey: Fraction
+    blur: FractionPair
+    blur_sigma: PositivePair
+    solarize: FractionPair
+    solarize_threshold: Fraction
+
+
+class MoBYPretext(Section):
+    queue_size: Positive
+    temperature: Annotated[float, Field(gt=0.0)]
+    momentum: Fraction
+    hidden_dim: Positive
+    key_dim: Positive
+    drop_path: HalfOpenFraction
+    source_size: Positive
+    views: MoBYViews
+
+
 class Pretrain(Section):
     subset: Percentage
+    pretext: Literal["simmim", "moby"]
     mask_unit: Positive
     mask_ratio: OpenFraction
     normalize_target: Count
@@ -162,6 +198,7 @@ class Pretrain(Section):
     picture_images: Positive
     initialize_from: str
     continue_from: str
+    moby: MoBYPretext
     training: Training
 
     @model_validator(mode="after")
@@ -170,9 +207,32 @@ class Pretrain(Section):
             raise ValueError(f"normalize_target must be 0 or odd, got {self.normalize_target}")
         return self
 
+    @model_validator(mode="after")
+    def _moby_fits(self) -> Self:
+        if self.pretext != "moby":
+            return self
+        if self.moby.queue_size % self.training.batch_size:
+            raise ValueError(
+                f"moby.queue_size {self.moby.queue_size} must be a multiple of training.batch_size "
+                f"{self.training.batch_size}: whole batches enter and leave a queue"
+            )
+        if self.training.zero_stage == 3:
+            raise ValueError(
+                "pretext moby needs training.zero_stage 0 to 2: the target network is not trained, and "
+                "following parameters that are scattered over processes is not implemented"
+            )
+        return self
+
+
+class LinearProbe(Section):
+    lr_factors: Annotated[list[Annotated[float, Field(gt=0.0)]], Field(min_length=1)]
+    feature: Annotated[int, Field(ge=-1)]
+
 
 class Finetune(Section):
     subset: Percentage
+    task: Literal["classify", "linear_probe"]
+    linear_probe: LinearProbe
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0)]
     mixup: NonNegative
     cutmix: NonNegative
@@ -181,6 +241,20 @@ class Finetune(Section):
     flip: bool
     drop_path: HalfOpenFraction
     training: Training
+
+    @model_validator(mode="after")
+    def _probe_fits(self) -> Self:
+        if self.task == "linear_probe" and self.training.zero_stage == 3:
+            raise ValueError("task linear_probe needs training.zero_stage 0 to 2: the backbone is frozen")
+        return self
+
+
+class NearestNeighbours(Section):
+    """The probe without training; used by pretrain (validation split) and evaluate."""
+
+    images: Count
+    k: Positive
+    temperature: Annotated[float, Field(gt=0.0)]
 
 
 class Evaluate(Section):
@@ -377,6 +451,7 @@ class Params(Section):
     distributed: Distributed
     pretrain: Pretrain
     finetune: Finetune
+    knn: NearestNeighbours
     evaluate: Evaluate
     export: Export
     parity: Parity

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -124,6 +125,7 @@ def render_report(workspace: Path, extra: Mapping[str, Any]) -> str:
         subsets=results.read_subsets(workspace),
         samples=_sample_images(workspace, checked.ingest.max_pixels) if data else [],
         pretraining=_pretraining(workspace),
+        chance=2 * math.log(checked.pretrain.moby.queue_size + 1),
         finetuning=_finetuning(workspace),
         evaluations=evaluations,
         gain=gain,
@@ -233,7 +235,7 @@ def _pretraining(workspace: Path) -> dict[str, Any] | None:
     return {
         "metrics": run.metrics,
         "curves": _inline_all(plots.curve_panels({"pretrain": run.history}, "svg"), "pretrain"),
-        "reconstructions": data_uri(run.picture) if run.picture else None,
+        "examples": data_uri(run.picture) if run.picture else None,
     }
 
 

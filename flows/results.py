@@ -34,7 +34,7 @@ class DataSet:
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """One training: its curves and final scalars, and the picture of reconstructions if it made one."""
+    """One training: its curves and final scalars, and the picture of its pretext if it made one."""
 
     history: History
     metrics: Mapping[str, Any]
@@ -134,7 +134,7 @@ def read_finetuning(workspace: Path) -> dict[str, TrainingRun]:
 def _read_training(workspace: Path, folder: Path, metrics: str) -> TrainingRun | None:
     if not folder.is_dir():
         return None
-    picture = folder / "reconstructions.png"
+    picture = folder / "examples.png"
     return TrainingRun(
         history=History.read(folder),
         metrics=_read_json(workspace / paths.METRICS / f"{metrics}.json") or {},

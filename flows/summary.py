@@ -13,6 +13,7 @@ from rich.text import Text
 
 LABEL_WIDTH = 12
 MAX_WIDTH = 100
+PRETEXTS = {"simmim": "SimMIM", "moby": "MoBY"}
 
 
 def print_summary(summary: dict[str, Any], console: Console | None = None) -> None:
@@ -83,7 +84,8 @@ def _stages(summary: dict[str, Any]) -> str:
 def _pretrained(metrics: dict[str, Any]) -> str:
     return (
         f"{metrics['backbone']}, {metrics['parameters'] / 1e6:.2f} M parameters, "
-        f"SimMIM for {metrics['steps']} steps, validation loss {metrics['val_loss']:.4f}"
+        f"{PRETEXTS[metrics.get('pretext', 'simmim')]} for {metrics['steps']} steps, "
+        f"validation loss {metrics['val_loss']:.4f}"
     )
 
 

@@ -2,10 +2,10 @@
 
 ingest: readers → inspection → splits → shards, manifest
 scale: subsets
-training and evaluation: dataset → augmentation → batches → mixing
+training and evaluation: dataset → augmentation → batches → mixing, or views (kornia, imported only there)
 """
 
-from flows.data.augmentation import Augmentation
+from flows.data.augmentation import Augmentation, ImageTransform
 from flows.data.batches import (
     Batch,
     eval_batches,
@@ -24,6 +24,7 @@ __all__ = [
     "Augmentation",
     "Batch",
     "ImageDataset",
+    "ImageTransform",
     "Manifest",
     "eval_batches",
     "even_eval_batches",

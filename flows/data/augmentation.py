@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 ATTEMPTS = 10
+
+
+class ImageTransform(Protocol):
+    """From a decoded image to the pixels of a batch."""
+
+    @property
+    def image_size(self) -> int:
+        """Side of the result, pixels."""
+        ...
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> NDArray[np.uint8]:
+        """RGB image to a uint8 array of shape (image_size, image_size, 3); all chance comes from `rng`."""
+        ...
 
 
 @dataclass(frozen=True)

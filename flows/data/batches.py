@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from flows import imaging
-from flows.data.augmentation import Augmentation
+from flows.data.augmentation import ImageTransform
 from flows.data.dataset import ImageDataset
 from flows.data.manifest import Manifest
 from flows.errors import DataError
@@ -51,7 +51,7 @@ def preprocessing_for(manifest: Manifest, model: Model) -> Preprocessing:
 
 def train_batches(
     dataset: ImageDataset,
-    augmentation: Augmentation,
+    augmentation: ImageTransform,
     *,
     batch_size: int,
     global_batch: int,
@@ -108,7 +108,7 @@ class _MicroBatches(Dataset[Batch]):
     """Micro-batch n of this rank; micro-step n of all ranks covers positions [n·B·W, (n+1)·B·W)."""
 
     dataset: ImageDataset
-    augmentation: Augmentation
+    augmentation: ImageTransform
     batch_size: int
     seed: int
     rank: int

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from flows.plots.evaluation import comparison, confusion, reliability
 from flows.plots.frame import COLOURS, GRID, INK, MUTED, SERIES, Format, format_duration
-from flows.plots.images import image_grid, reconstruction_grid
+from flows.plots.images import image_grid, triple_grid
 from flows.plots.speed import Latency, durations, error_histogram, latency
 from flows.plots.sweeps import FAILED_AT, CoordinateAxis, CoordinateLine, Coordinates, parallel_coordinates
 from flows.plots.traffic import CLIPPED, MAX_CLASSES, class_shares, distributions, effects, traffic_history
@@ -43,7 +43,7 @@ __all__ = [
     "image_grid",
     "latency",
     "parallel_coordinates",
-    "reconstruction_grid",
     "reliability",
     "traffic_history",
+    "triple_grid",
 ]

@@ -1,4 +1,4 @@
-"""Grids of images: samples, mistakes, reconstructions."""
+"""Grids of images: samples, mistakes, what a pretext makes of an image."""
 
 from __future__ import annotations
 
@@ -59,17 +59,21 @@ def image_grid(
     return render(figure, "png", "images")
 
 
-def reconstruction_grid(
-    inputs: NDArray[np.uint8], masked: NDArray[np.uint8], reconstructions: NDArray[np.uint8]
+def triple_grid(
+    first: NDArray[np.uint8],
+    second: NDArray[np.uint8],
+    third: NDArray[np.uint8],
+    *,
+    titles: tuple[str, str, str] = ("input", "masked", "reconstruction"),
 ) -> bytes:
-    """PNG of masked image modelling: input, masked input and reconstruction side by side, one image per row.
+    """PNG of three pictures of each image side by side, one image per row.
 
     From four images on the rows go into two blocks beside each other, which suits screens better.
 
     Args:
-        inputs, masked, reconstructions: (N, S, S, 3) uint8 each, N >= 1.
+        first, second, third: (N, S, S, 3) uint8 each, N >= 1.
     """
-    stacked = np.stack([inputs, masked, reconstructions], axis=1)  # (N, 3, S, S, 3)
+    stacked = np.stack([first, second, third], axis=1)  # (N, 3, S, S, 3)
     number, blocks = len(stacked), 1 if len(stacked) < 4 else 2
     rows = math.ceil(number / blocks)
     columns = 3 * blocks + (blocks - 1)  # a narrow empty column between the blocks
@@ -95,11 +99,9 @@ def reconstruction_grid(
         axes.set_axis_off()
     for index, triple in enumerate(stacked):
         block, row = divmod(index, rows)
-        for column, (image, title) in enumerate(
-            zip(triple, ("input", "masked", "reconstruction"), strict=True)
-        ):
+        for column, (image, title) in enumerate(zip(triple, titles, strict=True)):
             axes = cells[row, 4 * block + column]
             axes.imshow(image)
             if row == 0:
                 axes.set_title(title, fontsize=10, color=INK, pad=6)
-    return render(figure, "png", "reconstructions")
+    return render(figure, "png", "examples")

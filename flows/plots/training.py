@@ -56,6 +56,7 @@ class _Panel:
 _PANELS = (
     _Panel("Loss", "loss", "train_loss", "val_loss"),
     _Panel("Validation accuracy", "top-1, %", "", "val_top1"),
+    _Panel("Neighbours' accuracy", "top-1 of kNN, %", "", "knn_top1"),
     _Panel("Learning rate", "of the top layer", "lr"),
     _Panel("Gradient norm", "before clipping", "grad_norm"),
     _Panel("Throughput", "images/s", "images_per_s"),
@@ -66,7 +67,8 @@ _PANELS = (
 def curves(runs: Mapping[str, History], format: Format = "png") -> bytes:
     """One panel per recorded quantity over optimiser steps; one colour per run.
 
-    Known columns: train_loss, lr, grad_norm, images_per_s, memory_mb; val_loss, val_top1 (a fraction).
+    Known columns: train_loss, lr, grad_norm, images_per_s, memory_mb; val_loss, val_top1 and knn_top1
+    (fractions).
 
     Raises:
         ValueError: no run has any of them.
@@ -124,7 +126,7 @@ def _draw_run(axes: Any, panel: _Panel, run: History, colour: str, prefix: str) 
             label=f"{prefix}train" if both else prefix.removesuffix(": "),
         )
     if panel.validation in run.validation:
-        scale = 100.0 if panel.validation == "val_top1" else 1.0
+        scale = 100.0 if panel.validation.endswith("_top1") else 1.0
         axes.plot(
             run.validation["step"],
             [scale * value for value in run.validation[panel.validation]],

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from flows import files, paths, plots
+from flows import files, knn, paths, plots
 from flows.classifiers import load_classifier
 from flows.data import Batch, ImageDataset, eval_batches, to_model_input
 from flows.data import manifest as manifests
@@ -72,6 +72,8 @@ def run(params: Params, stage: Stage) -> None:
 
     bins = params.evaluate.calibration_bins
     summary = summarize(logits, labels, bins)
+    if params.knn.images:
+        summary["knn_top1"] = round(ask_neighbours(model, params, dataset, config.preprocessing), 6)
     predictions = list_predictions(logits, labels, dataset.keys)
     worst = draw_worst(predictions, manifest.classes, dataset)
     folder = paths.EVALUATE / stage.cell
@@ -125,6 +127,24 @@ def classify(
             "threads": torch.get_num_threads(),
         },
     )
+
+
+def ask_neighbours(
+    model: Classifier, params: Params, dataset: ImageDataset, preprocessing: Preprocessing
+) -> float:
+    """Top-1 of the nearest images of the whole training split, by the backbone's embedding."""
+    rows = range(dataset.manifest.splits["train"].count)
+    known = ImageDataset(
+        paths.DATA,
+        "train",
+        rows=knn.choose_voters(rows, params.knn.images),
+        cache_mb=0,
+        max_pixels=params.ingest.max_pixels,
+    )
+    size, device = params.evaluate.batch_size, next(model.parameters()).device
+    voters = ((batch, 1.0) for batch in eval_batches(known, preprocessing, size))
+    queries = ((batch, 1.0) for batch in eval_batches(dataset, preprocessing, size))
+    return knn.top1(model.backbone.embedding, voters, queries, params.knn, preprocessing, device)
 
 
 def summarize(logits: Tensor, labels: Tensor, bins: int) -> dict[str, float]:

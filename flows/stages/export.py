@@ -67,7 +67,7 @@ def run(params: Params, stage: Stage) -> None:
 
     with files.replace_folder(paths.EXPORT) as target:
         variants = write_variants(model, config, calibration, target, params)
-        projection = Projection(params.seed, model.backbone.num_features, params.export.embedding_dims)
+        projection = Projection(params.seed, model.head.in_features, params.export.embedding_dims)
         records = {
             # the CPU on every machine: another provider would give other bytes
             name: describe_images(open_session(target / file, [CPU]), held_out, projection)
@@ -81,7 +81,7 @@ def run(params: Params, stage: Stage) -> None:
             inputs=(TensorSpec("images", "FP32", (-1, 3, *2 * [config.preprocessing.image_size])),),
             outputs=(
                 TensorSpec(LOGITS, "FP32", (-1, len(config.classes))),
-                TensorSpec(FEATURES, "FP32", (-1, model.backbone.num_features)),
+                TensorSpec(FEATURES, "FP32", (-1, model.head.in_features)),
             ),
             max_batch=params.export.dynamic_batch_max,
             preprocessing=config.preprocessing,

@@ -1,5 +1,8 @@
 """Learn to classify: from the pretrained backbone (cell `pretrained`) or from random weights (`scratch`).
 
+With `finetune.task: linear_probe` the backbone is frozen and only the head learns, in both cells: how much
+of the answer the features hold already, and how much random ones do.
+
 Files in: artifacts/data, artifacts/subsets and, for `pretrained`, artifacts/pretrain. Files out:
 artifacts/finetune/<cell>. Both cells get the same data, steps and augmentation, so that the difference is
 what pretraining is worth. Layer-wise learning-rate decay follows SimMIM (section 4.1.1); it only makes sense
@@ -49,7 +52,7 @@ from flows.training import (
     watch_peers,
 )
 from flows.training.outputs import write_curves
-from models.classification import Classifier
+from models.classification import Classifier, LinearProbe, classifier_weights
 from models.parameter_groups import layer_id, no_weight_decay, num_layer_ids
 
 CELLS = ["pretrained", "scratch"]
@@ -75,10 +78,12 @@ def run(params: Params, stage: Stage) -> None:
     num_classes = len(manifest.classes)
 
     torch.manual_seed(params.seed)  # before the model: the head starts equal in both cells
-    model = build_model(params, num_classes)
+    classifier = build_model(params, num_classes)
+    probe = settings.linear_probe if settings.task == "linear_probe" else None
     weights = paths.PRETRAIN / "model.safetensors" if stage.cell == "pretrained" else None
     if weights is not None:
-        load_backbone(model, weights)
+        load_backbone(classifier, weights)
+    model = classifier if probe is None else LinearProbe(classifier, len(probe.lr_factors))
     start_sha256 = files.sha256_file(weights) if weights else ""
 
     augmentation = Augmentation(params.model.image_size, settings.crop_scale, flip=settings.flip)
@@ -102,6 +107,11 @@ def run(params: Params, stage: Stage) -> None:
     def images_of(batch: Batch) -> torch.Tensor:
         return to_model_input(batch.images.to(processes.device), preprocessing.mean, preprocessing.std)
 
+    def answers(engine: Any, images: torch.Tensor) -> torch.Tensor:
+        """Logits (heads, B, classes); a probe has several heads."""
+        logits: torch.Tensor = engine(images).float()
+        return logits[None] if probe is None else logits
+
     def loss(engine: Any, batch: Batch) -> torch.Tensor:
         images, targets = mix(
             images_of(batch),
@@ -112,23 +122,33 @@ def run(params: Params, stage: Stage) -> None:
             label_smoothing=settings.label_smoothing,
             generator=torch.default_generator,
         )
-        return F.cross_entropy(engine(images).float(), targets)
+        losses = [F.cross_entropy(logits, targets) for logits in answers(engine, images)]
+        return torch.stack(losses).sum()
 
     def measure(images: ImageDataset, engine: Any) -> Row:
-        loss_sum = correct = count = 0.0
+        heads = 1 if probe is None else len(probe.lr_factors)
+        loss_sums, corrects, count = [0.0] * heads, [0.0] * heads, 0.0
         for batch, weight in even_eval_batches(
             images, preprocessing, micro_batch, processes.rank, processes.world_size
         ):
             labels = batch.labels.to(processes.device)
-            logits = engine(images_of(batch)).float()
-            loss_sum += weight * float(F.cross_entropy(logits, labels, reduction="sum"))
-            correct += weight * float((logits.argmax(1) == labels).sum())
+            for head, logits in enumerate(answers(engine, images_of(batch))):
+                loss_sums[head] += weight * float(F.cross_entropy(logits, labels, reduction="sum"))
+                corrects[head] += weight * float((logits.argmax(1) == labels).sum())
             count += weight * len(labels)
-        loss_sum, correct, count = processes.sum([loss_sum, correct, count])
-        return {"val_loss": loss_sum / count, "val_top1": correct / count}
+        *sums, count = processes.sum([*loss_sums, *corrects, count])
+        loss_sums, corrects = sums[:heads], sums[heads:]
+        best = max(range(heads), key=lambda head: corrects[head])
+        row = {"val_loss": loss_sums[best] / count, "val_top1": corrects[best] / count}
+        return row if probe is None else {**row, "head": float(best)}
+
+    def lr_scale(name: str) -> float:
+        if probe is not None:
+            return probe.lr_factors[int(name.split(".")[1])]  # heads.<number>.weight
+        return layer_decay ** (top - layer_id(name, classifier.backbone))
 
     layer_decay = settings.layer_decay if weights is not None else 1.0
-    top = num_layer_ids(model.backbone) - 1
+    top = num_layer_ids(classifier.backbone) - 1
     key = fingerprint(
         {
             "model": params.model.model_dump(),
@@ -154,7 +174,7 @@ def run(params: Params, stage: Stage) -> None:
             model,
             training.weight_decay,
             no_weight_decay,
-            lambda name: layer_decay ** (top - layer_id(name, model.backbone)),
+            lr_scale,
         ),
         batches=batches,
         loss=loss,
@@ -173,7 +193,11 @@ def run(params: Params, stage: Stage) -> None:
         stage.device_hours = result.device_seconds / 3600
         if processes.is_main:
             trained = build_model(params, num_classes)
-            trained.load_state_dict(result.weights)
+            if probe is None:
+                trained.load_state_dict(result.weights)
+            else:
+                head = int(result.validation[-1]["head"])
+                trained.load_state_dict(classifier_weights(result.weights, head))
             folder = paths.FINETUNE / str(stage.cell)
             config = ClassifierConfig(
                 backbone={"name": params.model.backbone, **params.model.model_dump(exclude={"backbone"})},
@@ -181,6 +205,7 @@ def run(params: Params, stage: Stage) -> None:
                 preprocessing=preprocessing,
                 data_digest=manifest.digest,
                 start_sha256=start_sha256,
+                feature=trained.feature,
             )
             save_classifier(folder, trained, config)
             write_curves(folder, result)
@@ -191,6 +216,8 @@ def run(params: Params, stage: Stage) -> None:
                 "images_seen": training.steps * training.batch_size,
                 "parameters": sum(parameter.numel() for parameter in trained.parameters()),
             }
+            if probe is not None:
+                metrics["lr"] = training.lr * probe.lr_factors[head]
             files.write_json(paths.METRICS / f"finetune-{stage.cell}.json", metrics)
             print(f"{stage.label}: validation top-1 {metrics['val_top1']:.4f} after {training.steps} steps")
         processes.barrier()
@@ -198,6 +225,8 @@ def run(params: Params, stage: Stage) -> None:
 
 
 def build_model(params: Params, num_classes: int) -> Classifier:
+    settings = params.finetune
+    feature = settings.linear_probe.feature if settings.task == "linear_probe" else -1
     try:
         backbone = models.create(
             params.model.backbone,
@@ -207,9 +236,9 @@ def build_model(params: Params, num_classes: int) -> Classifier:
             drop_path=params.finetune.drop_path,
             activation_checkpointing=params.finetune.training.activation_checkpointing,
         )
+        return Classifier(backbone, num_classes, feature)
     except ValueError as error:
         raise ConfigError(f"params.yaml: `model`: {error}") from None
-    return Classifier(backbone, num_classes)
 
 
 def load_backbone(model: Classifier, path: Path) -> None:

@@ -1,9 +1,8 @@
-"""Learn a backbone without labels: SimMIM (arXiv 2111.09886) on the training images, through DeepSpeed.
+"""Learn a backbone without labels, by the pretext task that params.yaml names, through DeepSpeed.
 
-Files in: artifacts/data, artifacts/subsets. Files out: artifacts/pretrain (weights, config, curves,
-pictures). The validation loss is the L1 error summed over all masked pixels of the validation split, divided
-by their number, in eval mode, on centre crops, with masks seeded by the image: the same for every model (data
-scaling study).
+Files in: artifacts/data, artifacts/subsets. Files out: artifacts/pretrain (weights, config, curves, a
+picture). What is predicted and what the validation loss means is told in flows/pretexts. With labels and
+`knn.images`, each validation also asks the neighbours of the validation images for their class.
 """
 
 from __future__ import annotations
@@ -13,52 +12,45 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
-import models
-from flows import files, paths, plots
+from flows import files, knn, paths, plots, pretexts
 from flows.data import (
-    Augmentation,
     Batch,
     ImageDataset,
     Manifest,
-    even_eval_batches,
     load_manifest,
     load_subset,
     preprocessing_for,
-    to_model_input,
     train_batches,
 )
-from flows.errors import ConfigError, DataError
 from flows.imaging import Preprocessing
 from flows.params import Params
+from flows.pretexts import Pretext
 from flows.stage import Stage, run_stage
 from flows.training import (
     Checkpoints,
     Job,
     Result,
+    Row,
     fingerprint,
     group_parameters,
     initialize_processes,
-    micro_batch_size,
     settings_that_name,
     train,
     watch_peers,
 )
 from flows.training.outputs import write_curves, write_weights
 from models.parameter_groups import no_weight_decay
-from models.pretext.masks import average_distance, masks_from_ids, upsample_masks
-from models.pretext.simmim import SimMIM, normalize_targets
 
-MASK_STREAM_BIT = 40
-"""Masks are drawn by number: in the validation split that of the row, in training numbers above this bit."""
-DISTANCE_MASKS = 64
-"""Of the validation split, whose mean AvgDist is logged."""
-SOURCES = [Path("flows/stages/pretrain.py"), Path("flows/training"), Path("flows/data"), Path("models")]
+SOURCES = [
+    Path("flows/stages/pretrain.py"),
+    Path("flows/pretexts"),
+    Path("flows/training"),
+    Path("flows/data"),
+    Path("models"),
+]
+PICTURE = "examples.png"
 
 
 def run(params: Params, stage: Stage) -> None:
@@ -72,21 +64,19 @@ def run(params: Params, stage: Stage) -> None:
     dataset = open_split("train", rows=load_subset(paths.SUBSETS, settings.subset))
     validation = open_split("val")
     probed = open_split("val", rows=range(min(training.batch_size, len(validation))))
+    voters = open_split("train", rows=knn.choose_voters(dataset.rows.tolist(), params.knn.images or 1))
 
     torch.manual_seed(params.seed)
-    model = build_model(params)
+    pretext = pretexts.create(params, preprocessing, processes)
     initial = Path(settings.initialize_from) if settings.initialize_from else None
     if initial is not None:
-        load_weights(model, initial)
-
-    augmentation = Augmentation(params.model.image_size, settings.crop_scale, flip=settings.flip)
-    micro_batch = micro_batch_size(training, processes.world_size)
+        pretext.initialize_from(initial)
 
     def batches(step: int) -> Iterator[Batch]:
         return train_batches(
             dataset,
-            augmentation,
-            batch_size=micro_batch,
+            pretext.transform,
+            batch_size=pretext.micro_batch,
             global_batch=training.batch_size,
             seed=params.seed,
             start_step=step,
@@ -97,32 +87,21 @@ def run(params: Params, stage: Stage) -> None:
             workers=params.loader.workers,
         )
 
-    def images_of(batch: Batch) -> torch.Tensor:
-        return to_model_input(batch.images.to(processes.device), preprocessing.mean, preprocessing.std)
-
-    def loss(engine: Any, batch: Batch) -> torch.Tensor:
-        # by place in the sequence, so that a step hides the same on any number of processes
-        ids = batch.positions + ((params.seed + 1) << MASK_STREAM_BIT)
-        masks = draw_masks(ids, model, params)
-        value: torch.Tensor = engine(images_of(batch), masks.to(processes.device)).loss
-        return value
-
-    def loss_on(images: ImageDataset, engine: Any) -> float:
-        total = masked = 0.0
-        for batch, weight in even_eval_batches(
-            images, preprocessing, micro_batch, processes.rank, processes.world_size
-        ):
-            masks = draw_masks(batch.rows, model, params)
-            output = engine(images_of(batch), masks.to(processes.device))
-            total += weight * float(output.loss_sum)
-            masked += weight * float(output.masked_pixels)
-        total, masked = processes.sum([total, masked])
-        return total / masked
+    def validate(engine: Any) -> Row:
+        row = {"val_loss": pretext.loss_on(validation, engine)}
+        if manifest.classes and params.knn.images:
+            known, queries = pretext.eval_batches(voters), pretext.eval_batches(validation)
+            embedding, device = pretext.backbone.embedding, processes.device
+            row["knn_top1"] = knn.top1(
+                embedding, known, queries, params.knn, preprocessing, device, processes.gather
+            )
+        return row
 
     key = fingerprint(
         {
             "model": params.model.model_dump(),
             "pretrain": settings_that_name(settings),
+            "knn": params.knn.model_dump(),
             "seed": params.seed,
         },
         {
@@ -135,14 +114,14 @@ def run(params: Params, stage: Stage) -> None:
     checkpoints = Checkpoints(paths.scratch() / "pretrain" / key, processes)
     job = Job(
         name="pretrain",
-        model=model,
+        model=pretext.model,
         settings=training,
         seed=params.seed,
-        groups=group_parameters(model, training.weight_decay, no_weight_decay),
+        groups=group_parameters(pretext.model, training.weight_decay, no_weight_decay),
         batches=batches,
-        loss=loss,
-        validate=lambda engine: {"val_loss": loss_on(validation, engine)},
-        probe=partial(loss_on, probed),
+        loss=pretext.loss,
+        validate=validate,
+        probe=partial(pretext.loss_on, probed),
         initialized_from=str(initial or ""),
         continue_from=Path(settings.continue_from) if settings.continue_from else None,
         on_log=stage.run.log_metrics,
@@ -156,59 +135,11 @@ def run(params: Params, stage: Stage) -> None:
 
         stage.device_hours = result.device_seconds / 3600
         if processes.is_main:
-            trained = build_model(params)
-            trained.load_state_dict(result.weights)
+            trained = pretexts.create(params, preprocessing, processes)
+            trained.model.load_state_dict(result.weights)
             write_outputs(params, stage, manifest, result, trained, validation, preprocessing)
         processes.barrier()
         checkpoints.prune()
-
-
-def build_model(params: Params) -> SimMIM:
-    """
-    Raises:
-        ConfigError: sizes in params.yaml do not fit one another.
-    """
-    try:
-        backbone = models.create(
-            params.model.backbone,
-            image_size=params.model.image_size,
-            patch_size=params.model.patch_size,
-            window_size=params.model.window_size,
-            drop_path=params.pretrain.drop_path,
-            activation_checkpointing=params.pretrain.training.activation_checkpointing,
-            pretraining=True,
-        )
-        choices = params.pretrain.simmim
-        return SimMIM(
-            backbone,
-            params.pretrain.mask_unit,
-            params.pretrain.normalize_target,
-            head=choices.head,
-            inverse_swin=choices.inverse_swin,
-            window_size=params.model.window_size,
-            target_size=choices.target_size,
-            loss=choices.loss,
-            loss_region=choices.loss_region,
-            final_norm=choices.final_norm,
-        )
-    except ValueError as error:
-        raise ConfigError(f"params.yaml: `model` and `pretrain`: {error}") from None
-
-
-def draw_masks(ids: torch.Tensor, model: SimMIM, params: Params) -> torch.Tensor:
-    """(B, g, g) bool, what is hidden of the images of these numbers (B,)."""
-    return masks_from_ids(ids, model.mask_grid, params.pretrain.mask_ratio, params.pretrain.simmim.mask_kind)
-
-
-def load_weights(model: SimMIM, path: Path) -> None:
-    """
-    Raises:
-        DataError: no such file, or its tensors are not exactly those of the model.
-    """
-    try:
-        model.load_state_dict(load_file(path))
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise DataError(f"`pretrain.initialize_from`: {' '.join(str(error).split())[:300]}") from None
 
 
 def write_outputs(
@@ -216,17 +147,14 @@ def write_outputs(
     stage: Stage,
     manifest: Manifest,
     result: Result,
-    model: SimMIM,
+    trained: Pretext,
     validation: ImageDataset,
     preprocessing: Preprocessing,
 ) -> None:
     config = {
-        "task": "simmim",
+        "task": params.pretrain.pretext,
         "backbone": {"name": params.model.backbone, **params.model.model_dump(exclude={"backbone"})},
-        "mask_unit": params.pretrain.mask_unit,
-        "mask_ratio": params.pretrain.mask_ratio,
-        "normalize_target": params.pretrain.normalize_target,
-        "simmim": params.pretrain.simmim.model_dump(),
+        **trained.describe(),
         "preprocessing": preprocessing.to_dict(),
         "data_digest": manifest.digest,
     }
@@ -234,75 +162,32 @@ def write_outputs(
         write_weights(folder / "model.safetensors", result.weights)
         files.write_json(folder / "config.json", config)
         write_curves(folder, result)
-        picture = draw_reconstructions(params, model, validation, preprocessing)
-        (folder / "reconstructions.png").write_bytes(picture)
+        (folder / PICTURE).write_bytes(trained.draw(validation))
         history = plots.History.read(folder)
         (folder / "curves.png").write_bytes(plots.curves({"pretrain": history}))
-    for name in ("reconstructions.png", "curves.png"):
+    for name in (PICTURE, "curves.png"):
         stage.run.log_artifact(paths.PRETRAIN / name)
-    distance = mask_distance(params, model, validation)
-    metrics = {
+    validated, measured = result.validation[-1], trained.measure(validation)
+    stage.run.log_metrics(measured, params.pretrain.training.steps)
+    metrics: dict[str, Any] = {
         "backbone": params.model.backbone,
-        "parameters": sum(parameter.numel() for parameter in model.backbone.parameters()),
+        "pretext": params.pretrain.pretext,
+        "parameters": sum(parameter.numel() for parameter in trained.backbone.parameters()),
         "steps": params.pretrain.training.steps,
         "images_seen": params.pretrain.training.steps * params.pretrain.training.batch_size,
         "train_loss": result.curves[-1]["train_loss"],
-        "val_loss": result.validation[-1]["val_loss"],
-        "mask_distance": distance,
+        **{name: validated[name] for name in ("val_loss", "knn_top1") if name in validated},
+        **measured,
     }
-    stage.run.log_metrics({"mask_distance": distance}, params.pretrain.training.steps)
     files.write_json(paths.METRICS / "pretrain.json", metrics)
-    print(f"pretrain: validation loss {metrics['val_loss']:.4f} after {metrics['steps']} steps")
-
-
-@torch.no_grad()
-def draw_reconstructions(
-    params: Params, model: SimMIM, validation: ImageDataset, preprocessing: Preprocessing
-) -> bytes:
-    """PNG: the first validation images, what the model saw of them, and its guess in the hidden squares."""
-    count = min(params.pretrain.picture_images, len(validation))
-    batch, _ = next(even_eval_batches(validation, preprocessing, count, 0, 1))
-    images = to_model_input(batch.images, preprocessing.mean, preprocessing.std)
-    masks = draw_masks(batch.rows, model, params)
-    prediction = model.eval()(images, masks).prediction
-    if model.normalize_target:  # back to pixels by the statistics that the target was normalised with
-        plain = to_size(images, prediction.shape[-1])
-        scaled = normalize_targets(plain, model.normalize_target)
-        prediction = plain + (prediction - scaled) * _local_deviation(plain, scaled)
-    prediction = to_size(prediction, images.shape[-1])
-    hidden = upsample_masks(masks, model.mask_unit)[:, None]
-    masked = torch.where(hidden, torch.zeros_like(images), images)
-    filled = torch.where(hidden, prediction, images)
-    return plots.reconstruction_grid(
-        *(to_pixels(values, preprocessing) for values in (images, masked, filled))
+    print(
+        f"pretrain: validation loss {metrics['val_loss']:.4f} after {metrics['steps']} steps"
+        + (
+            f", neighbours know {100 * metrics['knn_top1']:.2f} % of the classes"
+            if "knn_top1" in metrics
+            else ""
+        )
     )
-
-
-def to_size(images: torch.Tensor, side: int) -> torch.Tensor:
-    """(B, 3, S, S) as squares of another side: means where it is smaller, repeated pixels where larger."""
-    if side < images.shape[-1]:
-        return F.avg_pool2d(images, images.shape[-1] // side)
-    return images if side == images.shape[-1] else F.interpolate(images, size=(side, side))
-
-
-def mask_distance(params: Params, model: SimMIM, validation: ImageDataset) -> float:
-    """AvgDist of the first validation masks, pixels: 10 to 20 served best in the paper (section 4.1.2)."""
-    masks = draw_masks(torch.arange(min(DISTANCE_MASKS, len(validation))), model, params)
-    return float(average_distance(masks, model.mask_unit).mean())
-
-
-def _local_deviation(images: torch.Tensor, scaled: torch.Tensor) -> torch.Tensor:
-    """Ratio of a pixel's change to its normalised value's, per image and channel (a picture's accuracy)."""
-    spread = scaled.std(dim=(2, 3), keepdim=True).clamp_min(1e-3)
-    return images.std(dim=(2, 3), keepdim=True) / spread
-
-
-def to_pixels(images: torch.Tensor, preprocessing: Preprocessing) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Normalised (B, 3, S, S) to uint8 (B, S, S, 3)."""
-    mean = torch.tensor(preprocessing.mean).view(1, 3, 1, 1)
-    std = torch.tensor(preprocessing.std).view(1, 3, 1, 1)
-    pixels = ((images * std + mean) * 255).round().clamp(0, 255)
-    return pixels.permute(0, 2, 3, 1).to(torch.uint8).numpy()
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -278,10 +278,19 @@ class Checkpoints:
 
     def consolidated(self, engine: Any, path: Path) -> dict[str, torch.Tensor]:
         """Plain fp32 weights of the model from checkpoint `path`, whatever the ZeRO stage."""
-        if engine.zero_optimization_stage() == 0:
-            weights = {name: value.detach().float() for name, value in engine.module.state_dict().items()}
-        else:
-            weights = full_state_dict(path)
+        stage = engine.zero_optimization_stage()
+        weights = engine.module.state_dict() if stage == 0 else full_state_dict(path)
+        if stage in (
+            1,
+            2,
+        ):  # DeepSpeed makes floats of counts and, with stage 1, leaves frozen weights out
+            kept = [*engine.module.named_buffers()]
+            kept += [pair for pair in engine.module.named_parameters() if not pair[1].requires_grad]
+            saved = engine.module.state_dict()
+            weights |= {name: value for name, value in kept if name in saved}
+        weights = {
+            name: value.float() if value.is_floating_point() else value for name, value in weights.items()
+        }
         return {name: value.detach().cpu().clone().contiguous() for name, value in weights.items()}
 
     def prune(self) -> None:

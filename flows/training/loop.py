@@ -24,7 +24,7 @@ from flows.errors import ConfigError, Diverged, Interrupted
 from flows.params import Training
 from flows.training.checkpoints import Checkpoints
 from flows.training.distributed import Processes, build_engine
-from flows.training.optimizer import ParameterGroup, build_adamw
+from flows.training.optimizer import ParameterGroup, build_optimizer
 from flows.training.schedule import learning_rate
 
 Batch = TypeVar("Batch")
@@ -98,7 +98,7 @@ def train(job: Job[Any], processes: Processes, checkpoints: Checkpoints) -> Resu
         raise ConfigError(
             f"`{job.name}.training.accumulation` is not the same on all machines; make it equal"
         )
-    engine = build_engine(job.model, build_adamw(job.model, job.groups, settings), settings, processes)
+    engine = build_engine(job.model, build_optimizer(job.model, job.groups, settings), settings, processes)
     state, began, path = _begin(job, engine, checkpoints, processes)
     progress = Progress(job.label or job.name, settings.steps, processes.is_main)
     progress.note(began)

@@ -1,4 +1,4 @@
-"""AdamW over parameter groups whose learning rates follow one schedule with a factor each."""
+"""AdamW or SGD over parameter groups whose learning rates follow one schedule with a factor each."""
 
 from __future__ import annotations
 
@@ -35,19 +35,20 @@ def group_parameters(
     return [ParameterGroup(scale, decay, tuple(names)) for (scale, decay), names in sorted(groups.items())]
 
 
-def build_adamw(model: nn.Module, groups: Iterable[ParameterGroup], settings: Training) -> torch.optim.AdamW:
-    """torch's AdamW; `lr` is set per step by the loop."""
+def build_optimizer(
+    model: nn.Module, groups: Iterable[ParameterGroup], settings: Training
+) -> torch.optim.Optimizer:
+    """torch's AdamW, or SGD with Nesterov momentum; `lr` is set per step by the loop."""
     parameters = dict(model.named_parameters())
-    return torch.optim.AdamW(
-        [
-            {
-                "params": [parameters[name] for name in group.names],
-                "weight_decay": group.weight_decay,
-                "lr": 0.0,
-            }
-            for group in groups
-        ],
-        betas=settings.betas,
-        eps=1e-8,
-        fused=True,
-    )
+    described = [
+        {
+            "params": [parameters[name] for name in group.names],
+            "weight_decay": group.weight_decay,
+            "lr": 0.0,
+        }
+        for group in groups
+    ]
+    if settings.optimizer == "sgd":
+        momentum = settings.betas[0]
+        return torch.optim.SGD(described, momentum=momentum, nesterov=momentum > 0, foreach=True)
+    return torch.optim.AdamW(described, betas=settings.betas, eps=1e-8, fused=True)

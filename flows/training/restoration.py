@@ -16,7 +16,7 @@ import torch
 
 from flows.training.distributed import Processes
 
-MOMENTS = {"exp_avg": "first moments", "exp_avg_sq": "second moments"}
+MOMENTS = {"exp_avg": "first moments", "exp_avg_sq": "second moments", "momentum_buffer": "momenta"}
 SUM_TOLERANCE = 1e-9
 """Of the sum of magnitudes. The values come back bit for bit; only the order of adding them, in double
 precision, depends on the number of processes."""
@@ -29,7 +29,7 @@ Summary = dict[str, list[float]]
 
 def summarize(engine: Any, processes: Processes) -> Summary:
     """[weighted sum, sum of magnitudes] of each kind of state over all processes; the optimiser's steps."""
-    sums = {kind: [0.0, 0.0] for kind in ("weights", *MOMENTS.values(), "buffers")}
+    sums = {kind: [0.0, 0.0] for kind in ("weights", *MOMENTS.values(), "buffers", "frozen weights")}
     steps = 0.0
     for kind, index, start, values in _parts(engine, processes):
         if kind == "steps":
@@ -47,7 +47,7 @@ def differences(found: Summary, saved: Summary) -> list[str]:
     """What differs, each with both figures; empty if everything came back."""
     return [
         f"{kind} {found[kind][0]:.9g} instead of {saved[kind][0]:.9g}"
-        for kind in found
+        for kind in found.keys() & saved.keys()  # earlier versions summed fewer kinds
         if any(
             not abs(here - there) <= SUM_TOLERANCE * saved[kind][1]
             for here, there in zip(found[kind], saved[kind], strict=True)
@@ -94,6 +94,9 @@ def _parts(engine: Any, processes: Processes) -> Iterator[tuple[str, int, int, t
     if processes.is_main:
         for index, buffer in enumerate(engine.module.buffers()):
             yield "buffers", index, 0, buffer.detach().flatten()
+        for index, parameter in enumerate(engine.module.parameters()):
+            if not parameter.requires_grad and not hasattr(parameter, "ds_id"):
+                yield "frozen weights", index, 0, parameter.detach().flatten()
 
 
 def _weigh(values: torch.Tensor, index: int, start: int) -> tuple[float, float]:

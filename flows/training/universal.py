@@ -1,6 +1,7 @@
 """Checkpoints of another number of processes, through DeepSpeed's universal form (one file per parameter).
 
-DeepSpeed 0.19's loader leaves four things to us. Buffers are not read. With ZeRO-3 all parameters share one
+DeepSpeed 0.19's loader leaves five things to us. Buffers are not read, and neither are weights that are not
+trained (with ZeRO-3 a model may not have any). With ZeRO-3 all parameters share one
 step counter afterwards, which counts once for each of their groups and spoils Adam's bias correction; and all
 groups get the hyper-parameters of the first (the loop sets them from params.yaml in any case). The flag that
 makes it read this form must be off when the engine saves (DeepSpeed#7546). Without ZeRO nothing is
@@ -62,14 +63,17 @@ def load(engine: Any, folder: Path) -> dict[str, Any] | None:
     for state in engine.optimizer.optimizer.state.values():
         if isinstance(step := state.get("step"), torch.Tensor):
             state["step"] = step.clone()
-    _load_buffers(engine, folder)
+    _load_untrained(engine, folder)
     return dict(saved)
 
 
-def _load_buffers(engine: Any, folder: Path) -> None:
-    """Running statistics and other buffers that are saved, from the first process's file."""
+def _load_untrained(engine: Any, folder: Path) -> None:
+    """Buffers that are saved (running statistics) and frozen weights, from the first process's file."""
     first = min(folder.glob("*model_states.pt"))
     saved = torch.load(first, map_location="cpu", weights_only=False)["module"]
     for name, buffer in engine.module.named_buffers():
         if name in saved:
             buffer.copy_(saved[name])
+    for name, parameter in engine.module.named_parameters():
+        if not parameter.requires_grad and not hasattr(parameter, "ds_id"):
+            parameter.data.copy_(saved[name])

@@ -10,15 +10,21 @@ from models.backbones.interface import Backbone
 
 
 class Classifier(nn.Module):
-    """A backbone with a linear classification head."""
+    """A backbone with a linear classification head.
 
-    def __init__(self, backbone: Backbone, num_classes: int) -> None:
+    Args:
+        feature: what the head reads: -1 the backbone's embedding, from 0 the mean over that one of its
+            ``feature_maps`` (masked image modelling keeps its best features below the top).
+    """
+
+    def __init__(self, backbone: Backbone, num_classes: int, feature: int = -1) -> None:
         super().__init__()
         if num_classes < 1:
             raise ValueError(f"num_classes is {num_classes}, but must be at least 1.")
         self.backbone = backbone
         self.num_classes = num_classes
-        self.head = nn.Linear(backbone.num_features, num_classes)
+        self.feature = feature
+        self.head = nn.Linear(feature_width(backbone, feature), num_classes)
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 
@@ -27,8 +33,25 @@ class Classifier(nn.Module):
         return cast(Tensor, self.head(self.features(images)))
 
     def features(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) → the embedding that the head reads, (B, num_features)."""
-        return self.backbone.embedding(images)
+        """(B, 3, S, S) → what the head reads, (B, in_features of the head)."""
+        return pooled_features(self.backbone, images, self.feature)
+
+
+def pooled_features(backbone: Backbone, images: Tensor, feature: int) -> Tensor:
+    """One vector per image (B, C): the embedding, or the mean over the map ``feature``."""
+    if feature < 0:
+        return backbone.embedding(images)
+    return backbone.feature_maps(images)[feature].mean(dim=(2, 3))
+
+
+def feature_width(backbone: Backbone, feature: int) -> int:
+    """Channels of ``pooled_features``: they double from stage to stage, where there are several."""
+    stages = len(backbone.depths)
+    if feature < 0:
+        return backbone.num_features
+    if feature >= max(stages, 4 if stages == 1 else 0):
+        raise ValueError(f"feature is {feature}, but must be -1 or the index of one of the feature maps.")
+    return backbone.embed_dim * (2**feature if stages > 1 else 1)
 
 
 class WithFeatures(nn.Module):

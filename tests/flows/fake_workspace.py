@@ -121,7 +121,7 @@ def write_pretraining(workspace: Path) -> None:
     masked = inputs.copy()
     masked[:, 8:24, 8:24] = 127
     blurred = (inputs.reshape(-1, 8, 4, 8, 4, 3).mean(axis=(2, 4)).repeat(4, 1).repeat(4, 2)).astype(np.uint8)
-    files.write_bytes(folder / "reconstructions.png", plots.reconstruction_grid(inputs, masked, blurred))
+    files.write_bytes(folder / "examples.png", plots.triple_grid(inputs, masked, blurred))
     metrics = {"train_loss": 0.1134, "val_loss": 0.1172, "parameters": 1_143_232, "images_seen": 102_400}
     files.write_json(workspace / paths.METRICS / "pretrain.json", metrics)
 

@@ -149,7 +149,7 @@ def test_equal_input_gives_equal_bytes(format: plots.Format) -> None:
 def test_reconstructions_keep_their_pixels_and_order() -> None:
     """Constant images of three greys: each must be found in its column."""
     inputs, masked, answers = (np.full((2, 8, 8, 3), grey, dtype=np.uint8) for grey in (10, 90, 170))
-    picture = Image.open(io.BytesIO(plots.reconstruction_grid(inputs, masked, answers))).convert("L")
+    picture = Image.open(io.BytesIO(plots.triple_grid(inputs, masked, answers))).convert("L")
     width, height = picture.size
     row = [picture.getpixel((int(width * x), int(height * 0.75))) for x in (1 / 6, 1 / 2, 5 / 6)]
     assert row == [10, 90, 170]
@@ -157,7 +157,7 @@ def test_reconstructions_keep_their_pixels_and_order() -> None:
 
 def test_many_reconstructions_go_into_two_blocks() -> None:
     images = np.zeros((8, 8, 8, 3), dtype=np.uint8)
-    width, height = size(plots.reconstruction_grid(images, images, images))
+    width, height = size(plots.triple_grid(images, images, images))
     assert width > height
 
 

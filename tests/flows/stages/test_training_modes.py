@@ -14,12 +14,13 @@ from forked import in_processes
 from safetensors.torch import load_file
 
 import models
-from flows import files, params, paths
+from flows import files, params, paths, pretexts
 from flows.classifiers import load_config
 from flows.data import ImageDataset, even_eval_batches, load_manifest, preprocessing_for, to_model_input
 from flows.errors import DataError, Interrupted
 from flows.stage import Stage
 from flows.stages import finetune, pretrain
+from flows.training import Processes
 from models.classification import Classifier
 from models.pretext.masks import masks_from_ids, upsample_masks
 from models.pretext.simmim import SimMIM
@@ -57,9 +58,14 @@ def val_losses(workspace: Path, folder: str = "pretrain") -> list[float]:
     return [loss for _, loss in workspaces.curves(workspace, folder)["validation"]]
 
 
+def pretext_of(checked: params.Params) -> pretexts.Pretext:
+    preprocessing = preprocessing_for(load_manifest(paths.DATA), checked.model)
+    return pretexts.create(checked, preprocessing, Processes(0, 1, torch.device("cpu")))
+
+
 def assert_weights_load(workspace: Path, config: dict[str, Any]) -> None:
     weights = load_file(workspace / paths.PRETRAIN / "model.safetensors")
-    model = pretrain.build_model(params.check(config, "test"))
+    model = pretext_of(params.check(config, "test")).model
     model.load_state_dict(weights)  # strict: exactly the model's tensors
     assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in weights.values())
 
@@ -239,7 +245,7 @@ def test_the_validation_loss_is_that_of_a_plain_loop_whatever_the_batch(enter: A
         )
         checked = params.load()
         pretrain.run(checked, Stage("pretrain"))
-        model = pretrain.build_model(checked).eval()
+        model = pretext_of(checked).model.eval()
         model.load_state_dict(load_file(folder / paths.PRETRAIN / "model.safetensors"))
         images, masks = validation(checked)
         assert plain_loss(model, images, masks) == pytest.approx(val_losses(folder)[-1], rel=1e-5)

@@ -1,0 +1,114 @@
+"""SimMIM (arXiv 2111.09886): paint in the hidden squares of an image.
+
+The validation loss is the L1 error summed over all masked pixels of the validation split, divided by their
+number, in eval mode, on centre crops, with masks seeded by the image: the same for every model (data scaling
+study).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from flows import plots
+from flows.data import Augmentation, Batch, ImageDataset, to_model_input
+from flows.imaging import Preprocessing
+from flows.params import Params
+from flows.pretexts.interface import Pretext
+from flows.training import Processes
+from models.pretext.masks import average_distance, masks_from_ids, upsample_masks
+from models.pretext.simmim import SimMIM, normalize_targets
+
+MASK_STREAM_BIT = 40
+"""Masks are drawn by number: in the validation split that of the row, in training numbers above this bit."""
+DISTANCE_MASKS = 64
+"""Of the validation split, whose mean AvgDist is logged."""
+
+
+class SimMIMPretext(Pretext):
+    model: SimMIM
+
+    def __init__(self, params: Params, preprocessing: Preprocessing, processes: Processes) -> None:
+        super().__init__(params, preprocessing, processes)
+        settings, choices = self.settings, self.settings.simmim
+        self.transform = Augmentation(params.model.image_size, settings.crop_scale, flip=settings.flip)
+        self.model = SimMIM(
+            self.create_backbone(settings.drop_path),
+            settings.mask_unit,
+            settings.normalize_target,
+            head=choices.head,
+            inverse_swin=choices.inverse_swin,
+            window_size=params.model.window_size or 1,
+            target_size=choices.target_size,
+            loss=choices.loss,
+            loss_region=choices.loss_region,
+            final_norm=choices.final_norm,
+        )
+
+    def loss(self, engine: Any, batch: Batch) -> torch.Tensor:
+        # by place in the sequence, so that a step hides the same on any number of processes
+        masks = self._masks(batch.positions + ((self.params.seed + 1) << MASK_STREAM_BIT))
+        value: torch.Tensor = engine(self.normalized(batch), masks).loss
+        return value
+
+    def loss_on(self, images: ImageDataset, engine: Any) -> float:
+        total = masked = 0.0
+        for batch, weight in self.eval_batches(images):
+            output = engine(self.normalized(batch), self._masks(batch.rows))
+            total += weight * float(output.loss_sum)
+            masked += weight * float(output.masked_pixels)
+        total, masked = self.processes.sum([total, masked])
+        return total / masked
+
+    def _masks(self, ids: torch.Tensor) -> torch.Tensor:
+        return self._draw_masks(ids).to(self.processes.device)
+
+    def _draw_masks(self, ids: torch.Tensor) -> torch.Tensor:
+        """(B, g, g) bool, what is hidden of the images of these numbers (B,)."""
+        kind = self.settings.simmim.mask_kind
+        return masks_from_ids(ids, self.model.mask_grid, self.settings.mask_ratio, kind)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "mask_unit": self.settings.mask_unit,
+            "mask_ratio": self.settings.mask_ratio,
+            "normalize_target": self.settings.normalize_target,
+            "simmim": self.settings.simmim.model_dump(),
+        }
+
+    def measure(self, images: ImageDataset) -> dict[str, float]:
+        """AvgDist of the first validation masks, pixels: best from 10 to 20 (section 4.1.2)."""
+        masks = self._draw_masks(torch.arange(min(DISTANCE_MASKS, len(images))))
+        return {"mask_distance": float(average_distance(masks, self.model.mask_unit).mean())}
+
+    @torch.no_grad()
+    def draw(self, images: ImageDataset) -> bytes:
+        """The first validation images, what the model saw of them, and its guess in the hidden squares."""
+        batch = self.first(images)
+        inputs = to_model_input(batch.images, self.preprocessing.mean, self.preprocessing.std)
+        masks = self._draw_masks(batch.rows)
+        prediction = self.model.eval()(inputs, masks).prediction
+        if self.model.normalize_target:  # back to pixels by the target's own statistics
+            plain = _to_size(inputs, prediction.shape[-1])
+            scaled = normalize_targets(plain, self.model.normalize_target)
+            prediction = plain + (prediction - scaled) * _local_deviation(plain, scaled)
+        prediction = _to_size(prediction, inputs.shape[-1])
+        hidden = upsample_masks(masks, self.model.mask_unit)[:, None]
+        masked = torch.where(hidden, torch.zeros_like(inputs), inputs)
+        filled = torch.where(hidden, prediction, inputs)
+        return plots.triple_grid(*(self.to_pixels(values) for values in (inputs, masked, filled)))
+
+
+def _to_size(images: torch.Tensor, side: int) -> torch.Tensor:
+    """(B, 3, S, S) as squares of another side: means where it is smaller, repeated pixels where larger."""
+    if side < images.shape[-1]:
+        return F.avg_pool2d(images, images.shape[-1] // side)
+    return images if side == images.shape[-1] else F.interpolate(images, size=(side, side))
+
+
+def _local_deviation(images: torch.Tensor, scaled: torch.Tensor) -> torch.Tensor:
+    """Ratio of a pixel's change to its normalised value's, per image and channel (a picture's accuracy)."""
+    spread = scaled.std(dim=(2, 3), keepdim=True).clamp_min(1e-3)
+    return images.std(dim=(2, 3), keepdim=True) / spread
