@@ -10,9 +10,8 @@ Shape legend: B batch, T tokens of all images, C channels, h heads, d = C/h, N t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
 
-from models.backbones.swin import Stage, Swin, SwinBlock
+from models.backbones.swin import Swin
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Product:
         return 2 * self.rows * self.inner * self.columns * self.batch * self.count
 
 
-def forward_products(backbone: Swin, batch: int, head_columns: int, *, per_token: bool) -> list[Product]:
+def forward_products(backbone: SwinV2, batch: int, head_columns: int, *, per_token: bool) -> list[Product]:
     """All products of one forward pass on ``batch`` images of the backbone's nominal size.
 
     Args:
@@ -43,10 +42,9 @@ def forward_products(backbone: Swin, batch: int, head_columns: int, *, per_token
     patch, side = backbone.patch_size, -(-backbone.image_size // backbone.patch_size)
     dim = backbone.embed_dim
     products = [Product("patch embedding", batch * side**2, 3 * patch**2, dim)]
-    for stage, layer in enumerate(cast("list[Stage]", list(backbone.layers))):
-        name, depth = f"stage {stage + 1}", backbone.depths[stage]
-        window = layer.windows.window
-        heads = cast(SwinBlock, layer.blocks[0]).attn.num_heads
+    for stage, depth in enumerate(backbone.depths):
+        name = f"stage {stage + 1}"
+        window, heads = backbone.window_sizes[stage], backbone.num_heads[stage]
         padded = -(-side // window) * window
         tokens, attended, windows = batch * side**2, batch * padded**2, batch * (padded // window) ** 2
         products += [
@@ -57,7 +55,7 @@ def forward_products(backbone: Swin, batch: int, head_columns: int, *, per_token
             Product(f"{name} fc1", tokens, dim, 4 * dim, count=depth),
             Product(f"{name} fc2", tokens, 4 * dim, dim, count=depth),
         ]
-        if layer.downsample is not None:
+        if stage < len(backbone.depths) - 1:
             side = -(-side // 2)
             products.append(Product(f"{name} merging", batch * side**2, 4 * dim, 2 * dim))
             dim *= 2
