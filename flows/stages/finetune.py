@@ -226,7 +226,7 @@ def run(params: Params, stage: Stage) -> None:
 
 def build_model(params: Params, num_classes: int) -> Classifier:
     settings = params.finetune
-    feature = settings.linear_probe.feature if settings.task == "linear_probe" else -1
+    feature = settings.linear_probe.feature if settings.task == "linear_probe" else 0
     try:
         backbone = models.create(
             params.model.backbone,

@@ -13,11 +13,12 @@ class Classifier(nn.Module):
     """A backbone with a linear classification head.
 
     Args:
-        feature: what the head reads: -1 the backbone's embedding, from 0 the mean over that one of its
-            ``feature_maps`` (masked image modelling keeps its best features below the top).
+        feature: what the head reads: 0 the backbone's embedding; n the mean over the map after stage n, or
+            after block n where there are no stages (masked image modelling keeps its best features below
+            the top).
     """
 
-    def __init__(self, backbone: Backbone, num_classes: int, feature: int = -1) -> None:
+    def __init__(self, backbone: Backbone, num_classes: int, feature: int = 0) -> None:
         super().__init__()
         if num_classes < 1:
             raise ValueError(f"num_classes is {num_classes}, but must be at least 1.")
@@ -38,20 +39,30 @@ class Classifier(nn.Module):
 
 
 def pooled_features(backbone: Backbone, images: Tensor, feature: int) -> Tensor:
-    """One vector per image (B, C): the embedding, or the mean over the map ``feature``."""
-    if feature < 0:
+    """One vector per image (B, C), as ``Classifier`` says of ``feature``."""
+    if feature == 0:
         return backbone.embedding(images)
-    return backbone.feature_maps(images)[feature].mean(dim=(2, 3))
+    if len(backbone.depths) > 1:
+        return backbone.feature_maps(images)[feature - 1].mean(dim=(2, 3))
+    (tokens,) = backbone.feature_maps(images, [feature])  # type: ignore[call-arg]  # networks without stages
+    return tokens.mean(dim=(2, 3))
 
 
 def feature_width(backbone: Backbone, feature: int) -> int:
-    """Channels of ``pooled_features``: they double from stage to stage, where there are several."""
+    """Channels of ``pooled_features``; they double from stage to stage.
+
+    Raises:
+        ValueError: there is no such stage or block.
+    """
     stages = len(backbone.depths)
-    if feature < 0:
+    last = stages if stages > 1 else backbone.num_layers
+    if not 0 <= feature <= last:
+        raise ValueError(
+            f"feature is {feature}, but must be 0 or a {'stage' if stages > 1 else 'block'} from 1 to {last}."
+        )
+    if feature == 0:
         return backbone.num_features
-    if feature >= max(stages, 4 if stages == 1 else 0):
-        raise ValueError(f"feature is {feature}, but must be -1 or the index of one of the feature maps.")
-    return backbone.embed_dim * (2**feature if stages > 1 else 1)
+    return backbone.embed_dim * (2 ** (feature - 1) if stages > 1 else 1)
 
 
 class WithFeatures(nn.Module):
