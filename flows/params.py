@@ -226,7 +226,7 @@ class Pretrain(Section):
 
 class LinearProbe(Section):
     lr_factors: Annotated[list[Annotated[float, Field(gt=0.0)]], Field(min_length=1)]
-    feature: Annotated[int, Field(ge=-1)]
+    feature: Count
 
 
 class RandomAugment(Section):

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from models.backbones.swin import Swin
-
 
 @dataclass(frozen=True)
 class Product:

@@ -261,7 +261,7 @@ def build_model(params: Params, num_classes: int, arguments: dict[str, Any] | No
         arguments["name"],
     )
     probing = params.finetune.task == "linear_probe"
-    feature = params.finetune.linear_probe.feature if probing else -1
+    feature = params.finetune.linear_probe.feature if probing else 0
     try:
         return Classifier(backbone, num_classes, feature)
     except ValueError as error:
