@@ -197,7 +197,10 @@ def _config(
 def _labels(weights: Weights, num_classes: int | None) -> Sequence[str]:
     """Names of the classes in a configuration of transformers or ours, if there is one for each."""
     named = weights.config.get("id2label")
-    found: object = list(named.values()) if isinstance(named, Mapping) else weights.config.get("classes")
+    found: object = weights.config.get("classes")
+    if isinstance(named, Mapping):  # by number: files often have "10" before "2"
+        numbers = [str(number) for number in range(len(named))]
+        found = [named[number] for number in numbers] if set(map(str, named)) == set(numbers) else None
     if not isinstance(found, list) or len(found) != num_classes:
         return []
     labels = [str(label) for label in found]
