@@ -199,8 +199,9 @@ def _labels(weights: Weights, num_classes: int | None) -> Sequence[str]:
     named = weights.config.get("id2label")
     found: object = weights.config.get("classes")
     if isinstance(named, Mapping):  # by number: files often have "10" before "2"
-        numbers = [str(number) for number in range(len(named))]
-        found = [named[number] for number in numbers] if set(map(str, named)) == set(numbers) else None
+        by_number = {str(number): label for number, label in named.items()}
+        numbers = [str(number) for number in range(len(by_number))]
+        found = [by_number[number] for number in numbers] if by_number.keys() == set(numbers) else None
     if not isinstance(found, list) or len(found) != num_classes:
         return []
     labels = [str(label) for label in found]
