@@ -30,15 +30,24 @@ def run(
     ] = "",
     recipe: Annotated[str, typer.Option(help="name in recipes/ or path of an overlay of params.yaml")] = "",
     set_: Annotated[list[str], typer.Option("--set", help="key=value, may be repeated")] = [],  # noqa: B006
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="a minute's shrunken version, recipes/smoke.yaml; not promoted")
+    ] = False,
 ) -> None:
     """Run the whole pipeline: DVC stages, registration, promotion, smoke test, report."""
-    workspace_checks(dataset, recipe, set_)
+    workspace_checks(dataset, recipe, set_, smoke)
+    if smoke:
+        print(
+            f"SMOKE RUN of {f'recipe {recipe}' if recipe else 'params.yaml'}: sizes and steps are cut to "
+            "those of recipes/smoke.yaml; its figures mean nothing and nothing is promoted",
+            flush=True,
+        )
     from flows.pipeline import pipeline
     from flows.summary import print_summary
 
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        summary = pipeline(dataset=dataset, recipe=recipe, settings=set_)
+        summary = pipeline(dataset=dataset, recipe=recipe, settings=set_, smoke=smoke)
     except KeyboardInterrupt:
         raise Interrupted("stopped; the same command continues where it was") from None
     print_summary(summary)
@@ -86,14 +95,19 @@ def _interrupt(signum: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def workspace_checks(dataset: str, recipe: str, settings: list[str]) -> None:
+def workspace_checks(dataset: str, recipe: str, settings: list[str], smoke: bool = False) -> None:
     """Find a user's mistake before a server is started for the flow."""
     from flows import workspace
 
-    place = workspace.prepare(dataset, recipe, settings)
+    place = workspace.prepare(dataset, recipe, settings, smoke)
     source = Path(place.params.ingest.source)
     if not (source if source.is_absolute() else place.root / source).exists():
         raise ConfigError(f"`ingest.source`: {source} does not exist")
+    initial = place.params.pretrain.initialize_from
+    if initial and not (place.root / initial).is_file():
+        raise ConfigError(
+            f"`pretrain.initialize_from`: {initial} does not exist (a relative path: in {place.root})"
+        )
     workspace.require_writable()
 
 

@@ -22,13 +22,6 @@ def test_the_shipped_file_is_valid() -> None:
     assert loaded.registered_model("digits") == "trunkline-vision-digits"
 
 
-@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_recipe_is_a_valid_overlay(recipe: Path, raw_params: dict[str, Any]) -> None:
-    change = params.read(recipe)
-    assert change, "a recipe that changes nothing is a mistake"
-    check(overlay(raw_params, change, recipe.name), recipe.name)
-
-
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
