@@ -235,6 +235,7 @@ def build_model(params: Params, num_classes: int) -> Classifier:
             window_size=params.model.window_size,
             drop_path=params.finetune.drop_path,
             activation_checkpointing=params.finetune.training.activation_checkpointing,
+            attention_chunk=params.finetune.training.attention_chunk,
         )
         return Classifier(backbone, num_classes, feature)
     except ValueError as error:
