@@ -257,6 +257,7 @@ def build_model(params: Params, num_classes: int, arguments: dict[str, Any] | No
             **{key: value for key, value in arguments.items() if key != "name"},
             "drop_path": params.finetune.drop_path,
             "activation_checkpointing": params.finetune.training.activation_checkpointing,
+            "attention_chunk": params.finetune.training.attention_chunk,
         },
         arguments["name"],
     )
