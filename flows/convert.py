@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import get_args
 
@@ -17,7 +15,8 @@ import torch
 from safetensors.torch import save_file
 
 from flows import files
-from flows.errors import ConfigError, DataError, ResourceError
+from flows.errors import ConfigError, DataError
+from flows.published import clear_errors
 from models import checkpoints
 from models.backbones.bias_tables import TABLE_METHODS
 from models.checkpoints import CheckpointError, Converted, Geometry
@@ -76,17 +75,6 @@ def convert(
     return [*converted.report.lines(), f"{target}: {layout} layout, {len(converted.tensors)} tensors"]
 
 
-@contextmanager
-def clear_errors() -> Iterator[None]:
-    """A checkpoint that is refused is the user's to act on; so is a machine without the memory for it."""
-    try:
-        yield
-    except CheckpointError as error:
-        raise DataError(str(error).rstrip(".")) from None
-    except MemoryError:
-        raise ResourceError("there is not enough memory for this checkpoint") from None
-
-
 def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ConfigError(f"`{option}` is {value!r}; choose one of {', '.join(choices)}")
@@ -130,10 +118,13 @@ def _write(target: Path, converted: Converted, layout: str) -> None:
         with files.replace_file(target) as temporary:
             save_file(converted.tensors, temporary, metadata=metadata)
     elif target.suffix in PICKLES:
-        content = {"model": converted.tensors} if layout == "official" else converted.tensors
+        # The authors' loaders read the entry `model`; others want the tensors alone, without room for sizes.
+        official = {"model": converted.tensors, METADATA_KEY: metadata[METADATA_KEY]}
+        content = official if layout == "official" else converted.tensors
         with files.replace_file(target) as temporary:
             torch.save(content, temporary)
     else:
         with files.replace_folder(target) as temporary:
             save_file(converted.tensors, temporary / WEIGHTS, metadata=metadata)
+            (temporary / WEIGHTS).chmod(0o644)  # as replace_file does; safetensors keeps it to its owner
             files.write_json(temporary / CONFIG, converted.config)

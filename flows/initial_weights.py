@@ -1,8 +1,8 @@
 """Pretext `none`: artifacts/pretrain without training, for supervised runs and for published weights.
 
 What finetuning starts from is then random, or the backbone of the file that `pretrain.initialize_from` names:
-an earlier pretraining, a classifier, or what `trunkline convert` made of a released checkpoint. The graph and
-everything behind it stay the same.
+an earlier pretraining, a classifier, or a released checkpoint of a known layout (docs/checkpoints.md). The
+graph and everything behind it stay the same.
 """
 
 from __future__ import annotations
@@ -10,17 +10,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from torch import nn
 
 import models
 from flows import files, paths
 from flows.data import load_manifest, preprocessing_for
-from flows.errors import ConfigError, DataError
+from flows.errors import ConfigError
 from flows.params import Params
+from flows.published import load_published
 from flows.training.outputs import write_weights
-
-PREFIX = "backbone."
 
 
 def write(params: Params) -> None:
@@ -28,18 +26,18 @@ def write(params: Params) -> None:
 
     Raises:
         ConfigError: no such backbone, or its sizes do not fit.
-        DataError: no such file, or its backbone is not the one of params.yaml.
+        DataError: no such file, or it does not hold the backbone of params.yaml.
     """
     torch.manual_seed(params.seed)
     sizes = params.model.model_dump(exclude={"backbone"})
     try:
-        # a ViT has two forms, and a file may hold either
-        forms = [models.create(params.model.backbone, **sizes, pretraining=form) for form in (False, True)]
+        backbone = models.create(params.model.backbone, **sizes)
     except ValueError as error:
         raise ConfigError(f"params.yaml: `model`: {error}") from None
-    states = [{PREFIX + name: value for name, value in form.state_dict().items()} for form in forms]
+    model = nn.ModuleDict({"backbone": backbone})
     source = params.pretrain.initialize_from
-    weights = read_backbone(Path(source), states) if source else states[0]
+    if source:
+        load_published(Path(source), model, "pretrain.initialize_from")
 
     manifest = load_manifest(paths.DATA)
     config = {
@@ -50,36 +48,14 @@ def write(params: Params) -> None:
         "data_digest": manifest.digest,
     }
     with files.replace_folder(paths.PRETRAIN) as folder:
-        write_weights(folder / "model.safetensors", weights)
+        write_weights(folder / "model.safetensors", model.state_dict())
         files.write_json(folder / "config.json", config)
     metrics = {
         "backbone": params.model.backbone,
-        "parameters": sum(parameter.numel() for parameter in forms[0].parameters()),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "steps": 0,
         "images_seen": 0,
         "initialized_from": source,
     }
     files.write_json(paths.METRICS / "pretrain.json", metrics)
     print(f"pretrain: no training; finetuning starts from {source or 'random weights'}")
-
-
-def read_backbone(path: Path, forms: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The tensors `backbone.…` of a file of weights; they have to be those of one of `forms`.
-
-    Raises:
-        DataError: no such file, or they are not.
-    """
-    try:
-        found = {name: value for name, value in load_file(path).items() if name.startswith(PREFIX)}
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"`pretrain.initialize_from`: {path} cannot be read ({error})") from None
-    shapes = {name: value.shape for name, value in found.items()}
-    wanted = [{name: value.shape for name, value in form.items()} for form in forms]
-    if shapes not in wanted:
-        names = sorted(shapes.keys() | wanted[0].keys())
-        wrong = [name for name in names if shapes.get(name) != wanted[0].get(name)]
-        raise DataError(
-            f"`pretrain.initialize_from`: {path} does not hold the backbone of params.yaml: "
-            f"{', '.join(wrong[:5])}"
-        )
-    return found

@@ -42,10 +42,9 @@ def forward_products(backbone: SwinV2, batch: int, head_columns: int, *, per_tok
     patch, side = backbone.patch_size, -(-backbone.image_size // backbone.patch_size)
     dim = backbone.embed_dim
     products = [Product("patch embedding", batch * side**2, 3 * patch**2, dim)]
-    for stage, (depth, layer) in enumerate(zip(backbone.depths, backbone.layers, strict=True)):
+    for stage, depth in enumerate(backbone.depths):
         name = f"stage {stage + 1}"
-        window = int(layer.windows.window)
-        heads = int(layer.blocks[0].attn.num_heads)
+        window, heads = backbone.window_sizes[stage], backbone.num_heads[stage]
         padded = -(-side // window) * window
         tokens, attended, windows = batch * side**2, batch * padded**2, batch * (padded // window) ** 2
         products += [
@@ -56,7 +55,7 @@ def forward_products(backbone: SwinV2, batch: int, head_columns: int, *, per_tok
             Product(f"{name} fc1", tokens, dim, 4 * dim, count=depth),
             Product(f"{name} fc2", tokens, 4 * dim, dim, count=depth),
         ]
-        if layer.downsample is not None:
+        if stage < len(backbone.depths) - 1:
             side = -(-side // 2)
             products.append(Product(f"{name} merging", batch * side**2, 4 * dim, 2 * dim))
             dim *= 2

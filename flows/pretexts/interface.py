@@ -49,13 +49,13 @@ class Pretext(ABC):
     def describe(self) -> dict[str, Any]:
         """What config.json says of it beside model, preprocessing and data."""
 
+    def measure(self, images: ImageDataset) -> dict[str, float]:
+        """Figures of the pretext itself, for the metrics of the run."""
+        return {}
+
     @abstractmethod
     def draw(self, images: ImageDataset) -> bytes:
         """PNG: what the pretext makes of the first images; called where the weights are on the CPU."""
-
-    def measures(self, images: ImageDataset) -> dict[str, float]:
-        """What else is worth knowing of the task itself, for the stage's metrics."""
-        return {}
 
     @property
     def backbone(self) -> Backbone:

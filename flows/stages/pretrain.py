@@ -171,7 +171,8 @@ def write_outputs(
         (folder / "curves.png").write_bytes(plots.curves({"pretrain": history}))
     for name in (PICTURE, "curves.png"):
         stage.run.log_artifact(paths.PRETRAIN / name)
-    validated = result.validation[-1]
+    validated, measured = result.validation[-1], trained.measure(validation)
+    stage.run.log_metrics(measured, params.pretrain.training.steps)
     metrics: dict[str, Any] = {
         "backbone": params.model.backbone,
         "pretext": params.pretrain.pretext,
@@ -180,7 +181,7 @@ def write_outputs(
         "images_seen": params.pretrain.training.steps * params.pretrain.training.batch_size,
         "train_loss": result.curves[-1]["train_loss"],
         **{name: validated[name] for name in ("val_loss", "knn_top1") if name in validated},
-        **trained.measures(validation),
+        **measured,
     }
     files.write_json(paths.METRICS / "pretrain.json", metrics)
     print(

@@ -82,7 +82,7 @@ class Swin(nn.Module):
         num_features: channels of the final map.
         stride: pixels per token of the final map.
         embed_dim: channels of the first stage, where mask tokens enter.
-        patch_size, image_size, depths: as given.
+        patch_size, image_size, depths, num_heads: as given.
         num_layers: blocks in total.
         window_sizes: window side per stage after the rule.
 
@@ -118,6 +118,7 @@ class Swin(nn.Module):
         self.window_rule = window_rule
         self.embed_dim = size.embed_dim
         self.depths = size.depths
+        self.num_heads = size.num_heads
         self.num_layers = sum(size.depths)
         self.num_features = size.embed_dim * 2 ** (stages - 1)
         self.stride = patch_size * 2 ** (stages - 1)

@@ -107,6 +107,15 @@ def backbone_arguments(found: Description, name: str | None, geometry: Geometry)
         )
     if name not in models.BACKBONES:
         raise CheckpointError(f"model {name!r} is unknown: choose one of {', '.join(models.BACKBONES)}.")
+    size = models.BACKBONES[name]
+    if not name.startswith(f"{found.family}_") or (size.embed_dim, size.depths) != (
+        found.embed_dim,
+        found.depths,
+    ):
+        blocks = "-".join(map(str, size.depths))
+        raise CheckpointError(
+            f"{name} has {size.embed_dim} channels and blocks {blocks}, but this checkpoint is of {found}."
+        )
     image_size = geometry.image_size or found.image_size
     window_size = geometry.window_size or found.window_size
     if image_size is None or (found.family in SWIN and window_size is None):
@@ -121,7 +130,7 @@ def backbone_arguments(found: Description, name: str | None, geometry: Geometry)
     if found.family not in SWIN or window_size is None:
         return arguments
     arguments["window_size"] = window_size
-    if models.BACKBONES[name].num_heads != found.num_heads:
+    if size.num_heads != found.num_heads:
         arguments["num_heads"] = list(found.num_heads)
     if found.family == "swin_v2":
         stages = len(found.depths)

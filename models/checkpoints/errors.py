@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 LISTED_NAMES = 12
+NAME_LETTERS = 120
 
 
 class CheckpointError(ValueError):
@@ -12,8 +13,13 @@ class CheckpointError(ValueError):
 
 
 def listed(names: Iterable[str]) -> str:
-    """The first dozen names, then how many more there are."""
+    """The first dozen names, then how many more there are; on one line, whatever is in them."""
     names = list(names)
-    shown = ", ".join(names[:LISTED_NAMES])
+    shown = ", ".join(_shown(name) for name in names[:LISTED_NAMES])
     more = len(names) - LISTED_NAMES
     return f"{shown} and {more} more" if more > 0 else shown
+
+
+def _shown(name: str) -> str:
+    printable = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in name)
+    return printable if len(printable) <= NAME_LETTERS else f"{printable[:NAME_LETTERS]}…"

@@ -32,7 +32,7 @@ MAX_JSON_BYTES = 64 * 2**20
 ENTRIES = ("model", "state_dict", "module")
 """Where training scripts put the weights, beside optimiser and epoch."""
 METADATA_KEY = "trunkline"
-"""Of a safetensors header: the JSON that ``trunkline convert`` leaves in a single file."""
+"""Of a safetensors header, or an entry beside ``model``: the JSON that ``trunkline convert`` leaves there."""
 FOLDER_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -122,7 +122,7 @@ def _read_file(path: Path) -> tuple[object, Mapping[str, Any]]:
         start = file.read(64)
     if start[:4] == b"PK\x03\x04":
         _check_zip(path)
-        return _unpickle(path, mmap=True), {}
+        return _with_header(_unpickle(path, mmap=True))
     if start[8:9] == b"{":
         return _read_safetensors(path)
     if start[:1] == b"\x80":
@@ -142,11 +142,23 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged or cut off: {error}.") from None
+    return tensors, _parse_header(header)
+
+
+def _with_header(value: object) -> tuple[object, Mapping[str, Any]]:
+    if not isinstance(value, dict) or not isinstance(value.get(METADATA_KEY), str):
+        return value, {}
+    rest = {name: item for name, item in value.items() if name != METADATA_KEY}
+    return rest, _parse_header(value[METADATA_KEY])
+
+
+def _parse_header(text: str) -> Mapping[str, Any]:
+    """Empty if it is none of ours: it only tells sizes, which can be given as well."""
     try:
-        config = json.loads(header)
-    except ValueError:
-        config = None
-    return tensors, config if isinstance(config, dict) else {}
+        config = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def _unpickle(path: Path, mmap: bool) -> object:
@@ -156,7 +168,9 @@ def _unpickle(path: Path, mmap: bool) -> object:
         if names := _refused_names(path, error):
             raise CheckpointError(_needs_code(path, names)) from None
         raise CheckpointError(f"{path} is damaged: {_first_line(error)}") from None
-    except (RuntimeError, EOFError, ValueError, OSError, KeyError, AttributeError, TypeError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged pickle fails in every way there is
         raise CheckpointError(f"{path} is damaged or cut off: {_first_line(error)}") from None
 
 
@@ -187,7 +201,7 @@ def _check_zip(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             inflated = [entry for entry in archive.infolist() if entry.file_size > entry.compress_size]
             total = sum(entry.file_size for entry in archive.infolist())
-    except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise CheckpointError(f"{path} is damaged or cut off: {error}.") from None
     if inflated or total > path.stat().st_size:
         raise CheckpointError(f"{path} is a compressed archive, which torch.save does not write: refused.")

@@ -107,6 +107,15 @@ def test_entries_and_prefixes_of_training_scripts_are_looked_through(wrapper: st
     assert_same(target.state_dict(), source.state_dict())
 
 
+def test_the_extra_norms_are_known_by_the_name_of_the_authors_extended_code() -> None:
+    source, target = build("swin_v2_test"), build("swin_v2_test")
+    state = {name.replace(".norm3.", ".enorm."): value for name, value in published.official(source).items()}
+    assert len(state.keys() - published.official(source).keys()) == 4
+    nn.init.zeros_(target.backbone.layers[0].blocks[1].norm3.weight)
+    checkpoints.load(state, target)
+    assert_same(target.state_dict(), source.state_dict())
+
+
 def test_pretext_parts_and_heads_stay_out_or_fresh_only_as_a_whole_and_are_named() -> None:
     simmim, classifier = build("swin_v2_test", "simmim"), build("swin_v2_test")
     report = checkpoints.load(published.simmim(simmim), classifier)
