@@ -26,7 +26,7 @@ def clear_errors(key: str = "") -> Iterator[None]:
 
 
 def load_published(path: Path, model: nn.Module, key: str) -> Report:
-    """Put the weights of one file into `model`, and print what became of each.
+    """Put the weights of one file into `model`; the report says what became of each.
 
     A head in the file is left out. What the file has nothing for keeps the model's own values: a head, or as
     a whole the parts of a pretext task. `key` is the parameter that names the file.
@@ -41,10 +41,8 @@ def load_published(path: Path, model: nn.Module, key: str) -> Report:
         )
     with clear_errors(key):
         try:
-            report = checkpoints.load(path, model, head="drop")
+            return checkpoints.load(path, model, head="drop")
         except CheckpointError as error:
             sizes = "pretrained_windows" in str(error)
             hint = " `model` in params.yaml has to have the sizes of the pretraining." if sizes else ""
             raise CheckpointError(f"{error}{hint}") from None
-    print("\n".join(report.lines()))
-    return report

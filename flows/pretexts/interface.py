@@ -9,15 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 import models
 from flows.data import Batch, ImageDataset, ImageTransform, even_eval_batches, to_model_input
-from flows.errors import DataError
 from flows.imaging import Preprocessing
 from flows.params import Params
+from flows.published import load_published
 from flows.training import Processes, micro_batch_size
 from models.backbones.interface import Backbone
 
@@ -49,13 +47,13 @@ class Pretext(ABC):
     def describe(self) -> dict[str, Any]:
         """What config.json says of it beside model, preprocessing and data."""
 
-    def measure(self, images: ImageDataset) -> dict[str, float]:
-        """Figures of the pretext itself, for the metrics of the run."""
-        return {}
-
     @abstractmethod
     def draw(self, images: ImageDataset) -> bytes:
         """PNG: what the pretext makes of the first images; called where the weights are on the CPU."""
+
+    def measures(self, images: ImageDataset) -> dict[str, float]:
+        """What else is worth knowing of the task itself, for the stage's metrics."""
+        return {}
 
     @property
     def backbone(self) -> Backbone:
@@ -63,15 +61,17 @@ class Pretext(ABC):
         return backbone
 
     def initialize_from(self, path: Path) -> None:
-        """Begin a new run with the weights of an earlier one.
+        """Begin a new run with the weights of an earlier one or of a published checkpoint of any layout.
+
+        What the file has nothing for starts fresh, which is printed: a SimMIM that begins with a classifier's
+        backbone has a new decoder.
 
         Raises:
-            DataError: no such file, or its tensors are not exactly those of the model.
+            DataError: no such file, or it does not hold exactly the weights of this backbone.
         """
-        try:
-            self.model.load_state_dict(load_file(path))
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise DataError(f"`pretrain.initialize_from`: {' '.join(str(error).split())[:300]}") from None
+        report = load_published(path, self.model, "pretrain.initialize_from")
+        if self.processes.is_main:
+            print("\n".join(report.lines()))
 
     def create_backbone(self, drop_path: float) -> Backbone:
         return models.create(

@@ -171,7 +171,7 @@ def write_outputs(
         (folder / "curves.png").write_bytes(plots.curves({"pretrain": history}))
     for name in (PICTURE, "curves.png"):
         stage.run.log_artifact(paths.PRETRAIN / name)
-    validated, measured = result.validation[-1], trained.measure(validation)
+    validated, measured = result.validation[-1], trained.measures(validation)
     stage.run.log_metrics(measured, params.pretrain.training.steps)
     metrics: dict[str, Any] = {
         "backbone": params.model.backbone,

@@ -32,6 +32,8 @@ from models.checkpoints.transfer import (
 Head = Literal["keep", "drop"]
 PRETEXT = "of SimMIM's pretraining, which this model has no part of"
 HEAD_DROPPED = "the head, as told"
+HEAD = r"head\."
+OTHER = "other:"
 _BACKBONES = ("backbone.", "target_backbone.")
 
 
@@ -64,49 +66,39 @@ def fit(
     places = _places(wanted)
     state, origin = dict(recognized.state), recognized.origin
     dropped = {name: reason for name, reason in recognized.dropped.items() if reason != REBUILT}
+    if weights.tensors.keys() == wanted.keys() and any(name.startswith(OTHER) for name in places):
+        # Our own MoBY into a MoBY: both networks, their heads, queues and step, each under its name.
+        state, origin, dropped = dict(weights.tensors), {}, {}
+        places = {name: [name] for name in wanted}
     fresh: list[str] = []
-    resized: dict[str, str] = {}
+    copied: dict[str, str] = {}
     if left_out := give_each_block_a_table(state, places):
-        resized = dict.fromkeys((n for n in state if n.endswith(RELATIVE)), "copied to each block")
+        copied = dict.fromkeys((n for n in state if n.endswith(RELATIVE)), "copied to each block")
         dropped |= {origin[name]: reason for name, reason in left_out.items()}
-        fresh += [
-            full for name in [n for n in places if n.startswith("fc_norm.")] for full in places.pop(name)
-        ]
+        fresh += _pop(places, r"fc_norm\.")
 
-    # Of a group that either side lacks altogether, the other side's tensors stay out.
-    for group, pattern in (("head", r"head\."), ("mask", r"mask_token$"), ("decoder", r"decoder\.")):
-        given = [name for name in state if re.match(pattern, name)]
-        needed = [name for name in places if re.match(pattern, name)]
-        if group == "head" and given and head == "keep" and not needed:
-            raise CheckpointError(
-                f"{weights.source} has a head ({listed(given)}), but this model has none: "
-                "say head='drop' (--head drop) to leave it out."
-            )
-        if given and (not needed or (group == "head" and head == "drop")):
-            for name in given:
-                dropped[origin[name]] = HEAD_DROPPED if group == "head" else PRETEXT
-                del state[name]
-            given = []
-        if needed and not given:
-            fresh += [full for name in needed for full in places.pop(name)]
-    fresh += [full for name in [n for n in places if n.startswith("other:")] for full in places.pop(name)]
+    left_out_groups, fresh_groups = _settle_groups(state, places, head, origin, weights.source)
+    dropped |= left_out_groups
+    fresh += fresh_groups
 
     problems = _mismatches(state, places, wanted, origin)
     if problems:
         raise CheckpointError(f"{weights.source} does not fit this model: {'; '.join(problems)}.")
-    _check_values(state, origin, weights.source)
+    _check_values(
+        {n: t for n, t in state.items() if wanted[places[n][0]].is_floating_point()}, origin, weights.source
+    )
     fitted: dict[str, Tensor] = {}
-    notes = list(weights.notes)
+    resized = dict(copied)
     for name, tensor in state.items():
         for full in places[name]:
-            if tensor.shape != wanted[full].shape:
-                shape = tuple(wanted[full].shape)
-                fitted[full] = resize_positions(name, tensor, shape[-2], tables)
-                how = "bicubic" if name == ABSOLUTE else tables
-                resized[name] = f"{resized[name]}, " if name in resized else ""
-                resized[name] += f"{tuple(tensor.shape)} → {shape}, {how}"
-            else:
+            shape = tuple(wanted[full].shape)
+            if tensor.shape == shape:
                 fitted[full] = tensor
+                continue
+            fitted[full] = resize_positions(name, tensor, shape[-2], tables)
+            how = f"{tuple(tensor.shape)} → {shape}, {'bicubic' if name == ABSOLUTE else tables}"
+            resized[name] = f"{copied[name]}, {how}" if name in copied else how
+    notes = list(weights.notes)
     dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in state.values() if t.dtype != torch.float32})
     if dtypes:
         notes.append(f"stored as {', '.join(dtypes)}")
@@ -135,9 +127,45 @@ def _places(wanted: Mapping[str, Tensor]) -> dict[str, list[str]]:
             prefix = next((p for p in _BACKBONES if full.startswith(p)), "")
             name = full.removeprefix(prefix)
             if not prefix and not re.match(r"head\.|decoder\.|mask_token$", name):
-                name = f"other:{name}"  # a projector, a queue: no release has them under a name to match
+                name = OTHER + name  # a projector, a queue: no release has them under a name to match
         places.setdefault(name, []).append(full)
     return places
+
+
+def _settle_groups(
+    state: dict[str, Tensor],
+    places: dict[str, list[str]],
+    head: Head,
+    origin: Mapping[str, str],
+    source: str,
+) -> tuple[dict[str, str], list[str]]:
+    """Take out of both sides the groups that the other lacks altogether, and the head when told so.
+
+    Answers with the checkpoint's names that are left out → why, and the model's names that stay fresh.
+    """
+    dropped: dict[str, str] = {}
+    fresh: list[str] = []
+    for pattern in (HEAD, r"mask_token$", r"decoder\."):
+        given = [name for name in state if re.match(pattern, name)]
+        needed = any(re.match(pattern, name) for name in places)
+        if pattern == HEAD and given and head == "keep" and not needed:
+            raise CheckpointError(
+                f"{source} has a head ({listed(given)}), but this model has none: "
+                "say head='drop' (--head drop) to leave it out."
+            )
+        if given and (not needed or (pattern == HEAD and head == "drop")):
+            dropped |= {origin[name]: HEAD_DROPPED if pattern == HEAD else PRETEXT for name in given}
+            for name in given:
+                del state[name]
+            given = []
+        if not given:
+            fresh += _pop(places, pattern)
+    return dropped, fresh + _pop(places, OTHER)
+
+
+def _pop(places: dict[str, list[str]], pattern: str) -> list[str]:
+    """Take out the names that match, and answer with the model's names for them."""
+    return [full for name in [n for n in places if re.match(pattern, n)] for full in places.pop(name)]
 
 
 def _mismatches(
