@@ -21,9 +21,7 @@ from models.pretext.simmim import SimMIM
 def pretrained(enter: Any, name: str = "", **model: Any) -> dict[str, torch.Tensor]:
     """Run the stage; the weights it wrote."""
     settings = {"pretext": "none", "initialize_from": name}
-    enter(
-        {"pretrain": settings, "model": model, "finetune": {"training": SHORT}}, Path(name).stem or "random"
-    )
+    enter({"pretrain": settings, "model": model}, Path(name).stem or "random")
     pretrain.run(params.load(), Stage("pretrain"))
     return load_file(paths.PRETRAIN / "model.safetensors")
 
