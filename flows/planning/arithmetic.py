@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from models.backbones.swin_v2 import SwinV2
+from models.backbones.swin import Swin
 
 
 @dataclass(frozen=True)

@@ -41,17 +41,24 @@ def pooled_features(backbone: Backbone, images: Tensor, feature: int) -> Tensor:
     """One vector per image (B, C): the embedding, or the mean over the map ``feature``."""
     if feature < 0:
         return backbone.embedding(images)
-    return backbone.feature_maps(images)[feature].mean(dim=(2, 3))
+    (features,) = backbone.feature_maps(images, [feature])
+    return features.mean(dim=(2, 3))
 
 
 def feature_width(backbone: Backbone, feature: int) -> int:
-    """Channels of ``pooled_features``: they double from stage to stage, where there are several."""
-    stages = len(backbone.depths)
+    """Channels of ``pooled_features``.
+
+    Raises:
+        ValueError: there is no such map.
+    """
     if feature < 0:
         return backbone.num_features
-    if feature >= max(stages, 4 if stages == 1 else 0):
-        raise ValueError(f"feature is {feature}, but must be -1 or the index of one of the feature maps.")
-    return backbone.embed_dim * (2**feature if stages > 1 else 1)
+    if feature >= len(backbone.feature_channels):
+        raise ValueError(
+            f"feature is {feature}, but must be -1 or the index of a feature map, of which this backbone has "
+            f"{len(backbone.feature_channels)}."
+        )
+    return backbone.feature_channels[feature]
 
 
 class WithFeatures(nn.Module):
