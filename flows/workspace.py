@@ -61,7 +61,7 @@ def prepare(
     checked = params.check(values, "params.yaml with overrides" if values != base else "params.yaml")
     if values == base:
         return Workspace(home, checked, ())
-    hint = recipe or dataset
+    hint = recipe or dataset or (checked.ingest.dataset if smoke else "")
     place = locate(values, checked, f"smoke-{Path(hint).stem}" if smoke else hint)
     populate(place.root, values)
     return place
