@@ -5,7 +5,7 @@
 # make up             servers, deployments and a worker in the background: schedules run     make down   ends them
 # make sweep          many settings, several at once: FILE=name in recipes/sweeps or path
 # make ui             Prefect and MLflow pages of what ran      make serve   the champion over HTTP
-# Variables of run: DATASET=digits|cifar10|path/to/folder  RECIPE=name  SET="key=value key=value"
+# Variables of run: DATASET=digits|cifar10|path/to/folder  RECIPE=name  SET="key=value key=value"  SMOKE=1 (a minute's try)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -22,7 +22,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: run sweep scenario test lint format up down ui serve report bench clean help
 
 run: $(VENV)/.installed
-	@$(BIN)/trunkline run $(if $(DATASET),--dataset "$(DATASET)") $(if $(RECIPE),--recipe "$(RECIPE)") $(foreach s,$(SET),--set "$(s)")
+	@$(BIN)/trunkline run $(if $(DATASET),--dataset "$(DATASET)") $(if $(RECIPE),--recipe "$(RECIPE)") $(if $(SMOKE),--smoke) $(foreach s,$(SET),--set "$(s)")
 
 sweep: $(VENV)/.installed
 	@$(BIN)/trunkline sweep "$(or $(FILE),learning_rates)"

@@ -96,8 +96,10 @@ class Training(Section):
     processes: Literal["auto"] | Positive
     threads: Count
     zero_stage: Annotated[int, Field(ge=0, le=3)]
+    zero_offload: Literal["none", "optimizer", "parameters"]
     precision: Literal["fp32", "bf16", "auto"]
-    activation_checkpointing: bool
+    activation_checkpointing: bool | Count
+    attention_chunk: Count
     optimizer: Literal["adamw", "sgd"]
     lr: Annotated[float, Field(gt=0.0)]
     warmup_lr: NonNegative
@@ -121,6 +123,12 @@ class Training(Section):
             raise ValueError(f"min_lr and warmup_lr must not exceed lr {self.lr}")
         if self.optimizer == "sgd" and self.zero_stage > 0:
             raise ValueError(f"optimizer sgd needs zero_stage 0, found {self.zero_stage}")
+        if self.zero_offload == "optimizer" and self.zero_stage == 0:
+            raise ValueError("zero_offload optimizer needs sharded states: set zero_stage to 1, 2 or 3")
+        if self.zero_offload == "parameters" and self.zero_stage != 3:
+            raise ValueError(
+                f"zero_offload parameters needs zero_stage 3, which shards them; it is {self.zero_stage}"
+            )
         divisor = self.accumulation * (1 if self.processes == "auto" else self.processes)
         if self.batch_size % divisor:
             raise ValueError(
@@ -187,7 +195,7 @@ class MoBYPretext(Section):
 
 class Pretrain(Section):
     subset: Percentage
-    pretext: Literal["simmim", "moby"]
+    pretext: Literal["simmim", "moby", "none"]
     mask_unit: Positive
     mask_ratio: OpenFraction
     normalize_target: Count
@@ -229,6 +237,13 @@ class LinearProbe(Section):
     feature: Count
 
 
+class RandomAugment(Section):
+    operations: Count
+    magnitude: Annotated[float, Field(ge=0.0, le=10.0)]
+    magnitude_std: NonNegative
+    probability: Fraction
+
+
 class Finetune(Section):
     subset: Percentage
     task: Literal["classify", "linear_probe"]
@@ -237,7 +252,14 @@ class Finetune(Section):
     mixup: NonNegative
     cutmix: NonNegative
     label_smoothing: HalfOpenFraction
+    image_size: Count
+    window_size: Count
+    test_resize: Count
     crop_scale: CropScale
+    interpolation: Literal["bilinear", "bicubic"]
+    rand_augment: RandomAugment
+    color_jitter: NonNegative
+    random_erasing: Fraction
     flip: bool
     drop_path: HalfOpenFraction
     training: Training
@@ -429,6 +451,7 @@ class Services(Section):
 
 
 class Pipeline(Section):
+    control: bool
     parallel_stages: Positive
     retries: Count
     smoke_images: Positive
@@ -478,12 +501,28 @@ class Params(Section):
                 f"pretrain.mask_unit {self.pretrain.mask_unit} must divide "
                 f"model.image_size {self.model.image_size}"
             )
+        if self.finetune.image_size % self.model.patch_size:
+            raise ValueError(
+                f"model.patch_size {self.model.patch_size} must divide finetune.image_size "
+                f"{self.finetune.image_size}"
+            )
+        if 0 < self.finetune.test_resize < (size := self.finetune_model().image_size):
+            raise ValueError(
+                f"finetune.test_resize {self.finetune.test_resize} must be 0 or at least {size}, the image "
+                "size of finetuning"
+            )
         for name, subset in (("pretrain", self.pretrain.subset), ("finetune", self.finetune.subset)):
             if subset not in self.scale.percentages:
                 raise ValueError(
                     f"{name}.subset {subset} is not among scale.percentages {self.scale.percentages}"
                 )
         return self
+
+    def finetune_model(self) -> Model:
+        """The network of finetuning, evaluation and export: `model` at the sizes that `finetune` names."""
+        changes = {"image_size": self.finetune.image_size, "window_size": self.finetune.window_size}
+        given = {name: value for name, value in changes.items() if value}
+        return Model.model_validate({**self.model.model_dump(), **given})
 
     def registered_model(self, dataset: str) -> str:
         """Name in the model registry for what was trained on `dataset`."""
@@ -578,10 +617,15 @@ def parse_setting(text: str) -> dict[str, Any]:
     if isinstance(parsed, str):
         with contextlib.suppress(ValueError):
             parsed = float(parsed)  # YAML 1.1 reads 1e-3 as text
-    section, *rest = key.strip().split(".")
+    return nest(key.strip(), parsed)
+
+
+def nest(key: str, value: Any) -> dict[str, Any]:
+    """`"a.b", 1` as `{"a": {"b": 1}}`."""
+    section, *rest = key.split(".")
     for part in reversed(rest):
-        parsed = {part: parsed}
-    return {section: parsed}
+        value = {part: value}
+    return {section: value}
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -39,12 +39,14 @@ from flows import (  # noqa: E402
 )
 from flows.dvc_stage import StageInfo  # noqa: E402
 from flows.params import Params, flatten  # noqa: E402
+from flows.recipes import SMOKE  # noqa: E402
 from flows.registry import Version  # noqa: E402
 from flows.report import build_report  # noqa: E402
 from flows.tracking import MlflowRun  # noqa: E402
 
 environment.hide_traces_of_mistakes()
 REGISTERED_EVENT = "trunkline.challenger.registered"
+CONTROL = ("finetune@scratch", "evaluate@scratch")
 LABELS_NEEDED = ("finetune", "evaluate", "export", "parity")
 
 
@@ -86,7 +88,11 @@ def report(params: Params, root: Path, run: MlflowRun, extra: dict[str, Any]) ->
 
 @flow(name="pipeline", persist_result=False, log_prints=False)
 def pipeline(
-    dataset: str = "", recipe: str = "", settings: list[str] | None = None, promote: bool = True
+    dataset: str = "",
+    recipe: str = "",
+    settings: list[str] | None = None,
+    promote: bool = True,
+    smoke: bool = False,
 ) -> dict[str, Any]:
     """Raw images in, a served model out. The first arguments select and override params as `trunkline run`
     does.
@@ -94,6 +100,7 @@ def pipeline(
     Args:
         promote: call the promotion flow; else the event `trunkline.challenger.registered` is sent, which a
             deployment of that flow can be triggered by.
+        smoke: a shrunken run under a registered name of its own, neither promoted nor announced.
 
     Returns:
         A JSON-able summary: stages with status and seconds, metrics, version, aliases, paths.
@@ -101,11 +108,14 @@ def pipeline(
     logger = get_run_logger()
     started = time.monotonic()
     retries.stopping.clear()
-    place = workspace.prepare(dataset, recipe, settings or [])
+    place = workspace.prepare(dataset, recipe, settings or [], smoke)
     params, root = place.params, place.root
     flow_run = FlowRunContext.get()
     flow_id = str(flow_run.flow_run.id) if flow_run and flow_run.flow_run else ""
     tags = {"prefect.flow_run_id": flow_id, "trunkline.workspace": str(root)}
+    if smoke:
+        tags["trunkline.smoke"] = "true"
+        logger.warning("smoke run: sizes and steps are those of %s", SMOKE)
     if place.settings:
         tags["trunkline.overrides"] = " ".join(f"-S {setting}" for setting in place.settings)
     os.chdir(root)  # params, provenance and relative paths of this run are those of its workspace
@@ -116,7 +126,7 @@ def pipeline(
         except BaseException:
             tracking.close_abandoned_runs(params, run.run_id)
             raise
-        summary = _deliver(params, root, run, outcomes, promote)
+        summary = _deliver(params, root, run, outcomes, promote, smoke)
         summary["seconds"] = time.monotonic() - started
         _log_outcome(run, root, summary)
     create_markdown_artifact(_markdown(summary), key="summary", description="What this run made")
@@ -135,6 +145,8 @@ def _run_stages(params: Params, root: Path, run: MlflowRun) -> list[dict[str, An
             for info in dvc_stage.read_graph(root):
                 if info.family in LABELS_NEEDED and not _is_labelled(futures, root):
                     continue
+                if info.name in CONTROL and not params.pipeline.control:
+                    continue
                 futures[info.name] = runner.submit(
                     run_stage.with_options(retries=params.pipeline.retries),
                     parameters={
@@ -143,7 +155,7 @@ def _run_stages(params: Params, root: Path, run: MlflowRun) -> list[dict[str, An
                         "parameters": _parameters_of(info, sections),
                         "environment": variables,
                     },
-                    wait_for=[futures[name] for name in info.needs],
+                    wait_for=[futures[name] for name in info.needs if name in futures],
                 )
             return [future.result() for future in futures.values()]
         except BaseException:
@@ -179,18 +191,22 @@ def _stop_children() -> None:
 
 
 def _deliver(
-    params: Params, root: Path, run: MlflowRun, outcomes: list[dict[str, Any]], promote: bool
+    params: Params,
+    root: Path,
+    run: MlflowRun,
+    outcomes: list[dict[str, Any]],
+    promote: bool,
+    is_smoke_run: bool,
 ) -> dict[str, Any]:
     """Everything with an effect outside the workspace; the report last, because it tells of the rest."""
     summary: dict[str, Any] = {
         "workspace": str(root),
         "tracking_uri": tracking.tracking_uri(params),
         "run_id": run.run_id,
+        "smoke_run": is_smoke_run,
         "stages": outcomes,
         "executed": [outcome["stage"] for outcome in outcomes if outcome["status"] == "executed"],
-        "metrics": {
-            path.stem: files.read_json(path) for path in sorted((root / paths.METRICS).glob("*.json"))
-        },
+        "metrics": _read_metrics(root, {outcome["stage"] for outcome in outcomes}),
     }
     extra = {
         "tracking_uri": summary["tracking_uri"],
@@ -202,12 +218,23 @@ def _deliver(
     }
     if any(outcome["stage"] == "parity" for outcome in outcomes):
         version = register(params, root, run)
-        summary["registry"] = _promote(version) if promote else _announce(version)
+        if is_smoke_run:
+            summary["registry"] = _describe(version)
+        else:
+            summary["registry"] = _promote(version) if promote else _announce(version)
         summary["smoke"] = asdict(smoke_test(params, root, version))
         extra["registry"] = summary["registry"]
         extra["smoke"] = summary["smoke"]
     summary["report"] = str(report(params, root, run, extra))
     return summary
+
+
+def _read_metrics(root: Path, stages: set[str]) -> dict[str, Any]:
+    """What the stages of this run measured, `evaluate-scratch` for `evaluate@scratch`; earlier runs of the
+    workspace may have left figures of others."""
+    names = {stage.replace("@", "-") for stage in stages}
+    found = {path.stem: files.read_json(path) for path in sorted((root / paths.METRICS).glob("*.json"))}
+    return {name: metrics for name, metrics in found.items() if name in names}
 
 
 def _promote(version: Version) -> dict[str, Any]:
@@ -223,6 +250,11 @@ def _announce(version: Version) -> dict[str, Any]:
             resource={"prefect.resource.id": f"trunkline.model.{version.name}"},
             payload={"model": version.name, "version": version.version},
         )
+    return _describe(version)
+
+
+def _describe(version: Version) -> dict[str, Any]:
+    """A registered version that nobody has judged."""
     return {
         "name": version.name,
         "version": version.version,

@@ -88,6 +88,8 @@ def render_report(workspace: Path, extra: Mapping[str, Any]) -> str:
     checked = params.load(workspace / "params.yaml")
     data = results.read_data(workspace)
     evaluations = results.read_evaluations(workspace)
+    if not checked.pipeline.control:  # of an earlier run of this workspace
+        evaluations = {cell: found for cell, found in evaluations.items() if cell != "scratch"}
     gain = results.gain_of_pretraining(evaluations)
     parity = results.read_parity(workspace)
     export = results.read_export(workspace)

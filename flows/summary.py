@@ -13,6 +13,7 @@ from rich.text import Text
 
 LABEL_WIDTH = 12
 MAX_WIDTH = 100
+SMOKE_RUN = "sizes and steps of recipes/smoke.yaml; the figures below mean nothing, nothing was promoted"
 PRETEXTS = {"simmim": "SimMIM", "moby": "MoBY"}
 
 
@@ -33,13 +34,14 @@ def summary_lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
     """Label and text of each line; lines whose stages did not run (unlabelled images) are left out."""
     metrics = summary["metrics"]
     lines = [
+        *([("smoke run", SMOKE_RUN)] if summary.get("smoke_run") else []),
         ("data", _data(metrics["ingest"])),
         ("stages", _stages(summary)),
         ("pretrained", _pretrained(metrics["pretrain"])),
     ]
     if "registry" in summary:
         lines += [
-            ("accuracy", _accuracy(metrics["evaluate-pretrained"], metrics["evaluate-scratch"])),
+            ("accuracy", _accuracy(metrics["evaluate-pretrained"], metrics.get("evaluate-scratch"))),
             ("export", _export(metrics["parity"], metrics["export"])),
             ("registry", _registry(summary["registry"])),
             *([("gates", _gates(summary["registry"]))] if summary["registry"]["gates"] else []),
@@ -82,6 +84,15 @@ def _stages(summary: dict[str, Any]) -> str:
 
 
 def _pretrained(metrics: dict[str, Any]) -> str:
+    if not metrics["steps"]:
+        return (
+            f"{metrics['backbone']}, {metrics['parameters'] / 1e6:.2f} M parameters, not pretrained here: "
+            + (
+                f"weights of {metrics['initialized_from']}"
+                if metrics["initialized_from"]
+                else "random weights"
+            )
+        )
     return (
         f"{metrics['backbone']}, {metrics['parameters'] / 1e6:.2f} M parameters, "
         f"{PRETEXTS[metrics.get('pretext', 'simmim')]} for {metrics['steps']} steps, "
@@ -89,13 +100,15 @@ def _pretrained(metrics: dict[str, Any]) -> str:
     )
 
 
-def _accuracy(pretrained: dict[str, Any], scratch: dict[str, Any]) -> str:
-    gain = 100 * (pretrained["top1"] - scratch["top1"])
-    return (
+def _accuracy(pretrained: dict[str, Any], scratch: dict[str, Any] | None) -> str:
+    text = (
         f"test top-1 {100 * pretrained['top1']:.2f} % "
-        f"({100 * pretrained['top1_low']:.1f}–{100 * pretrained['top1_high']:.1f}), "
-        f"from scratch {100 * scratch['top1']:.2f} %: pretraining is worth {gain:+.2f} points"
+        f"({100 * pretrained['top1_low']:.1f}–{100 * pretrained['top1_high']:.1f})"
     )
+    if scratch is None:
+        return f"{text}; no control was trained (pipeline.control)"
+    gain = 100 * (pretrained["top1"] - scratch["top1"])
+    return f"{text}, from scratch {100 * scratch['top1']:.2f} %: pretraining is worth {gain:+.2f} points"
 
 
 def _export(parity: dict[str, Any], export: dict[str, Any]) -> str:

@@ -25,8 +25,8 @@ from typing import Any
 
 import yaml
 
-from flows import files, params, paths
-from flows.data.sources import resolve
+from flows import files, params, paths, recipes
+from flows.data.sources import DIGITS_SOURCE, resolve
 from flows.errors import ConfigError, ResourceError
 from flows.params import Params
 
@@ -43,8 +43,13 @@ class Workspace:
     """The overrides as flat `key=value`, usable with `dvc exp run -S`."""
 
 
-def prepare(dataset: str = "", recipe: str = "", settings: Sequence[str] = ()) -> Workspace:
+def prepare(
+    dataset: str = "", recipe: str = "", settings: Sequence[str] = (), smoke: bool = False
+) -> Workspace:
     """Merge params.yaml, the data set's recipe, `recipe`, `settings`, in this order; make the folder.
+
+    Args:
+        smoke: shrink the recipe before the settings are laid over it, see `flows.recipes.shrink`.
 
     Raises:
         ConfigError: an unknown recipe or key, an impossible value.
@@ -52,11 +57,12 @@ def prepare(dataset: str = "", recipe: str = "", settings: Sequence[str] = ()) -
     """
     home = paths.home()
     base = params.read(home / "params.yaml")
-    values = merge(dataset, recipe, settings)
+    values = merge(dataset, recipe, settings, smoke)
     checked = params.check(values, "params.yaml with overrides" if values != base else "params.yaml")
     if values == base:
         return Workspace(home, checked, ())
-    place = locate(values, checked, recipe or dataset)
+    hint = recipe or dataset or (checked.ingest.dataset if smoke else "")
+    place = locate(values, checked, f"smoke-{Path(hint).stem}" if smoke else hint)
     populate(place.root, values)
     return place
 
@@ -74,7 +80,9 @@ def require_writable() -> None:
         file.flush()
 
 
-def merge(dataset: str = "", recipe: str = "", settings: Sequence[str] = ()) -> dict[str, Any]:
+def merge(
+    dataset: str = "", recipe: str = "", settings: Sequence[str] = (), smoke: bool = False
+) -> dict[str, Any]:
     """The clone's params.yaml with the data set's recipe, `recipe` and `settings` laid over it, unchecked.
 
     Raises:
@@ -82,21 +90,30 @@ def merge(dataset: str = "", recipe: str = "", settings: Sequence[str] = ()) -> 
     """
     home = paths.home()
     base = params.read(home / "params.yaml")
-    values = base
+    values, chosen = base, {}
     if dataset:
         kind, source = resolve(dataset, home)
         if (home / "recipes" / f"{kind}.yaml").is_file():
-            values = _apply_recipe(values, kind, home)
-        change = {"ingest": {"dataset": kind, "source": source}}
-        values = params.overlay(values, change, "data set")
+            values = recipes.apply(values, kind, home)
+        chosen = {"dataset": kind, "source": source}
     if recipe:
-        values = _apply_recipe(values, recipe, home)
+        values = recipes.apply(values, recipe, home)
         kind = values["ingest"]["dataset"]
-        if kind != base["ingest"]["dataset"] and values["ingest"]["source"] == base["ingest"]["source"]:
+        if not (chosen or smoke or kind in (base["ingest"]["dataset"], "folder")):
             # the recipe names a data set, but where it lies on this machine is not a recipe's business
-            values = params.overlay(values, {"ingest": {"source": resolve(kind, home)[1]}}, "data set")
+            chosen = {"source": resolve(kind, home)[1]}
+    if smoke:
+        values = recipes.shrink(values, home)
+        chosen = chosen or {"dataset": "digits", "source": DIGITS_SOURCE}
+    values = params.overlay(values, {"ingest": chosen}, "data set")
     for setting in settings:
         values = params.overlay(values, params.parse_setting(setting), f"--set {setting}")
+    before, now = base["ingest"], values["ingest"]
+    if now["dataset"] == "folder" != before["dataset"] and now["source"] == before["source"]:
+        raise ConfigError(
+            f"recipe `{recipe}` trains on a folder of images: name it with DATASET=path/to/folder "
+            "(--dataset), or try the recipe on bundled images with SMOKE=1 (--smoke)"
+        )
     return values
 
 
@@ -106,16 +123,6 @@ def locate(values: dict[str, Any], checked: Params, hint: str) -> Workspace:
     changed = {key: value for key, value in params.flatten(values).items() if base.get(key) != value}
     settings = tuple(f"{key}={json.dumps(value)}" for key, value in changed.items())
     return Workspace(paths.workspaces() / _name(changed, hint, checked), checked, settings)
-
-
-def _apply_recipe(values: dict[str, Any], recipe: str, home: Path) -> dict[str, Any]:
-    known = {path.stem: path for path in sorted((home / "recipes").glob("*.yaml"))}
-    path = known.get(recipe) or Path(recipe)
-    if not path.is_file():
-        raise ConfigError(
-            f"no recipe `{recipe}`; there are {', '.join(known) or 'none'}, or give a path to a YAML file"
-        )
-    return params.overlay(values, params.read(path), str(path))
 
 
 def _name(changed: dict[str, Any], hint: str, checked: Params) -> str:

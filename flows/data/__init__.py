@@ -18,6 +18,7 @@ from flows.data.dataset import ImageDataset
 from flows.data.manifest import Manifest
 from flows.data.manifest import load as load_manifest
 from flows.data.mixing import mix
+from flows.data.rand_augment import RandAugment
 from flows.data.subsets import load_subset
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "ImageDataset",
     "ImageTransform",
     "Manifest",
+    "RandAugment",
     "eval_batches",
     "even_eval_batches",
     "load_manifest",

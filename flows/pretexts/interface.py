@@ -47,13 +47,13 @@ class Pretext(ABC):
     def describe(self) -> dict[str, Any]:
         """What config.json says of it beside model, preprocessing and data."""
 
-    def measure(self, images: ImageDataset) -> dict[str, float]:
-        """Figures of the pretext itself, for the metrics of the run."""
-        return {}
-
     @abstractmethod
     def draw(self, images: ImageDataset) -> bytes:
         """PNG: what the pretext makes of the first images; called where the weights are on the CPU."""
+
+    def measures(self, images: ImageDataset) -> dict[str, float]:
+        """What else is worth knowing of the task itself, for the stage's metrics."""
+        return {}
 
     @property
     def backbone(self) -> Backbone:
@@ -81,6 +81,7 @@ class Pretext(ABC):
             window_size=self.params.model.window_size,
             drop_path=drop_path,
             activation_checkpointing=self.settings.training.activation_checkpointing,
+            attention_chunk=self.settings.training.attention_chunk,
             pretraining=True,
         )
 

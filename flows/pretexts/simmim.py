@@ -1,6 +1,6 @@
 """SimMIM (arXiv 2111.09886): paint in the hidden squares of an image.
 
-The validation loss is the L1 error summed over all masked pixels of the validation split, divided by their
+The validation loss is the error summed over all masked pixels of the validation split, divided by their
 number, in eval mode, on centre crops, with masks seeded by the image: the same for every model (data scaling
 study).
 """
@@ -40,7 +40,7 @@ class SimMIMPretext(Pretext):
             settings.normalize_target,
             head=choices.head,
             inverse_swin=choices.inverse_swin,
-            window_size=params.model.window_size or 1,
+            window_size=params.model.window_size or 0,
             target_size=choices.target_size,
             loss=choices.loss,
             loss_region=choices.loss_region,
@@ -66,9 +66,14 @@ class SimMIMPretext(Pretext):
         return self._draw_masks(ids).to(self.processes.device)
 
     def _draw_masks(self, ids: torch.Tensor) -> torch.Tensor:
-        """(B, g, g) bool, what is hidden of the images of these numbers (B,)."""
+        """(B, g, g) bool on the device of `ids`: what is hidden of the images of these numbers."""
         kind = self.settings.simmim.mask_kind
         return masks_from_ids(ids, self.model.mask_grid, self.settings.mask_ratio, kind)
+
+    def measures(self, images: ImageDataset) -> dict[str, float]:
+        """AvgDist of the first validation masks, pixels: 10 to 20 served best (section 4.1.2)."""
+        masks = self._draw_masks(torch.arange(min(DISTANCE_MASKS, len(images))))
+        return {"mask_distance": float(average_distance(masks, self.model.mask_unit).mean())}
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -78,11 +83,6 @@ class SimMIMPretext(Pretext):
             "simmim": self.settings.simmim.model_dump(),
         }
 
-    def measure(self, images: ImageDataset) -> dict[str, float]:
-        """AvgDist of the first validation masks, pixels: best from 10 to 20 (section 4.1.2)."""
-        masks = self._draw_masks(torch.arange(min(DISTANCE_MASKS, len(images))))
-        return {"mask_distance": float(average_distance(masks, self.model.mask_unit).mean())}
-
     @torch.no_grad()
     def draw(self, images: ImageDataset) -> bytes:
         """The first validation images, what the model saw of them, and its guess in the hidden squares."""
@@ -90,18 +90,18 @@ class SimMIMPretext(Pretext):
         inputs = to_model_input(batch.images, self.preprocessing.mean, self.preprocessing.std)
         masks = self._draw_masks(batch.rows)
         prediction = self.model.eval()(inputs, masks).prediction
-        if self.model.normalize_target:  # back to pixels by the target's own statistics
-            plain = _to_size(inputs, prediction.shape[-1])
+        if self.model.normalize_target:  # back to pixels by the statistics the target was normalised with
+            plain = to_size(inputs, prediction.shape[-1])
             scaled = normalize_targets(plain, self.model.normalize_target)
             prediction = plain + (prediction - scaled) * _local_deviation(plain, scaled)
-        prediction = _to_size(prediction, inputs.shape[-1])
+        prediction = to_size(prediction, inputs.shape[-1])
         hidden = upsample_masks(masks, self.model.mask_unit)[:, None]
         masked = torch.where(hidden, torch.zeros_like(inputs), inputs)
         filled = torch.where(hidden, prediction, inputs)
         return plots.triple_grid(*(self.to_pixels(values) for values in (inputs, masked, filled)))
 
 
-def _to_size(images: torch.Tensor, side: int) -> torch.Tensor:
+def to_size(images: torch.Tensor, side: int) -> torch.Tensor:
     """(B, 3, S, S) as squares of another side: means where it is smaller, repeated pixels where larger."""
     if side < images.shape[-1]:
         return F.avg_pool2d(images, images.shape[-1] // side)

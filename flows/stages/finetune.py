@@ -11,7 +11,9 @@ for weights that know something already, so the control trains all layers at the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from flows.data import (
     Augmentation,
     Batch,
     ImageDataset,
+    RandAugment,
     even_eval_batches,
     load_manifest,
     load_subset,
@@ -37,7 +40,8 @@ from flows.data import (
     train_batches,
 )
 from flows.errors import ConfigError, DataError
-from flows.params import Params
+from flows.imaging import Preprocessing
+from flows.params import Finetune, Params
 from flows.stage import Stage, run_stage
 from flows.training import (
     Checkpoints,
@@ -52,6 +56,7 @@ from flows.training import (
     watch_peers,
 )
 from flows.training.outputs import write_curves
+from models.backbones.bias_tables import resize_bias_table, resize_position_embedding
 from models.classification import Classifier, LinearProbe, classifier_weights
 from models.parameter_groups import layer_id, no_weight_decay, num_layer_ids
 
@@ -68,7 +73,10 @@ def run(params: Params, stage: Stage) -> None:
             "the data set has no labels, so there is nothing to classify; it serves pretraining only"
         )
     processes = initialize_processes(training, params.distributed)
-    preprocessing = preprocessing_for(manifest, params.model)
+    size = params.finetune_model()
+    preprocessing = preprocessing_for(manifest, size)
+    if settings.test_resize:
+        preprocessing = replace(preprocessing, resize_to=settings.test_resize)
     open_split = partial(
         ImageDataset, paths.DATA, cache_mb=params.loader.cache_mb, max_pixels=params.ingest.max_pixels
     )
@@ -78,7 +86,8 @@ def run(params: Params, stage: Stage) -> None:
     num_classes = len(manifest.classes)
 
     torch.manual_seed(params.seed)  # before the model: the head starts equal in both cells
-    classifier = build_model(params, num_classes)
+    arguments = backbone_arguments(params, stage.cell == "pretrained")
+    classifier = build_model(params, num_classes, arguments)
     probe = settings.linear_probe if settings.task == "linear_probe" else None
     weights = paths.PRETRAIN / "model.safetensors" if stage.cell == "pretrained" else None
     if weights is not None:
@@ -86,7 +95,7 @@ def run(params: Params, stage: Stage) -> None:
     model = classifier if probe is None else LinearProbe(classifier, len(probe.lr_factors))
     start_sha256 = files.sha256_file(weights) if weights else ""
 
-    augmentation = Augmentation(params.model.image_size, settings.crop_scale, flip=settings.flip)
+    augmentation = augmentation_for(settings, size.image_size, preprocessing)
     micro_batch = micro_batch_size(training, processes.world_size)
 
     def batches(step: int) -> Iterator[Batch]:
@@ -192,7 +201,7 @@ def run(params: Params, stage: Stage) -> None:
 
         stage.device_hours = result.device_seconds / 3600
         if processes.is_main:
-            trained = build_model(params, num_classes)
+            trained = build_model(params, num_classes, arguments)
             if probe is None:
                 trained.load_state_dict(result.weights)
             else:
@@ -200,7 +209,7 @@ def run(params: Params, stage: Stage) -> None:
                 trained.load_state_dict(classifier_weights(result.weights, head))
             folder = paths.FINETUNE / str(stage.cell)
             config = ClassifierConfig(
-                backbone={"name": params.model.backbone, **params.model.model_dump(exclude={"backbone"})},
+                backbone=arguments,
                 classes=tuple(manifest.classes),
                 preprocessing=preprocessing,
                 data_digest=manifest.digest,
@@ -224,25 +233,66 @@ def run(params: Params, stage: Stage) -> None:
         checkpoints.prune()
 
 
-def build_model(params: Params, num_classes: int) -> Classifier:
-    settings = params.finetune
-    feature = settings.linear_probe.feature if settings.task == "linear_probe" else 0
+def backbone_arguments(params: Params, pretrained: bool) -> dict[str, Any]:
+    """The name and the sizes of the network, as `config.json` keeps them.
+
+    Swin V2 scales the coordinates of its position bias by the windows it was pretrained in; weights that come
+    from others have to be told them (arXiv 2111.09883, section 3.3).
+    """
+    size = params.finetune_model()
+    arguments: dict[str, Any] = {"name": size.backbone, **size.model_dump(exclude={"backbone"})}
+    if pretrained and size != params.model:
+        with torch.device("meta"):
+            before = create_backbone(params.model.model_dump(exclude={"backbone"}), params.model.backbone)
+        if isinstance(before, models.SwinV2):
+            arguments["pretrained_windows"] = list(before.window_sizes)
+    return arguments
+
+
+def build_model(params: Params, num_classes: int, arguments: dict[str, Any] | None = None) -> Classifier:
+    """With fresh weights; `arguments` are those of `backbone_arguments`, by default for pretrained ones."""
+    arguments = arguments or backbone_arguments(params, pretrained=True)
+    backbone = create_backbone(
+        {
+            **{key: value for key, value in arguments.items() if key != "name"},
+            "drop_path": params.finetune.drop_path,
+            "activation_checkpointing": params.finetune.training.activation_checkpointing,
+            "attention_chunk": params.finetune.training.attention_chunk,
+        },
+        arguments["name"],
+    )
+    probing = params.finetune.task == "linear_probe"
+    feature = params.finetune.linear_probe.feature if probing else 0
     try:
-        backbone = models.create(
-            params.model.backbone,
-            image_size=params.model.image_size,
-            patch_size=params.model.patch_size,
-            window_size=params.model.window_size,
-            drop_path=params.finetune.drop_path,
-            activation_checkpointing=params.finetune.training.activation_checkpointing,
-        )
         return Classifier(backbone, num_classes, feature)
     except ValueError as error:
-        raise ConfigError(f"params.yaml: `model`: {error}") from None
+        raise ConfigError(f"params.yaml: `finetune.linear_probe`: {error}") from None
+
+
+def create_backbone(arguments: dict[str, Any], name: str) -> models.Backbone:
+    try:
+        return models.create(name, **arguments)
+    except ValueError as error:
+        raise ConfigError(f"params.yaml: `model` and `finetune`: {error}") from None
+
+
+def augmentation_for(settings: Finetune, image_size: int, preprocessing: Preprocessing) -> Augmentation:
+    augment = settings.rand_augment
+    return Augmentation(
+        image_size,
+        settings.crop_scale,
+        flip=settings.flip,
+        interpolation=settings.interpolation,
+        rand_augment=RandAugment(**augment.model_dump()) if augment.operations else None,
+        color_jitter=settings.color_jitter,
+        erasing=settings.random_erasing,
+        mean=preprocessing.mean,
+        std=preprocessing.std,
+    )
 
 
 def load_backbone(model: Classifier, path: Path) -> None:
-    """Copy the pretrained backbone.
+    """Copy the pretrained backbone; tables of positions are resized to the model's windows and grid.
 
     Raises:
         DataError: no such file, or not exactly the backbone's tensors are in it.
@@ -251,20 +301,35 @@ def load_backbone(model: Classifier, path: Path) -> None:
         weights = load_file(path)
     except (OSError, SafetensorError) as error:
         raise DataError(f"{path} cannot be read ({error}); run pretrain first") from None
-    backbone = {
-        name.removeprefix(BACKBONE): value for name, value in weights.items() if name.startswith(BACKBONE)
+    own = {name: value for name, value in model.state_dict().items() if name.startswith(BACKBONE)}
+    found = {name[len(BACKBONE) :]: value for name, value in weights.items() if name.startswith(BACKBONE)}
+    found = {
+        BACKBONE + name: fit_positions(name, value, own.get(BACKBONE + name))
+        for name, value in models.finetuning_weights(found, model.backbone).items()
     }
-    backbone = models.finetuning_weights(backbone, model.backbone)
-    found = {BACKBONE + name: value for name, value in backbone.items()}
-    wanted = {name: value for name, value in model.state_dict().items() if name.startswith(BACKBONE)}
     wrong = sorted(
         name
-        for name in found.keys() | wanted.keys()
-        if name not in found or name not in wanted or found[name].shape != wanted[name].shape
+        for name in found.keys() | own.keys()
+        if name not in found or name not in own or found[name].shape != own[name].shape
     )
     if wrong:
         raise DataError(f"{path} does not fit the backbone of params.yaml: {', '.join(wrong[:5])}")
     model.load_state_dict({**model.state_dict(), **found})
+
+
+def fit_positions(name: str, table: torch.Tensor, own: torch.Tensor | None) -> torch.Tensor:
+    """A table of positions resized to the shape of the model's own; anything else as it is."""
+    if own is None or own.shape == table.shape or own.ndim != table.ndim:
+        return table
+    try:
+        if name.endswith("relative_position_bias_table"):
+            return resize_bias_table(table, (math.isqrt(len(own)) + 1) // 2)
+        if name == "pos_embed":
+            grid = math.isqrt(own.shape[1] - 1)
+            return resize_position_embedding(table, (grid, grid))
+    except ValueError:
+        pass  # of another shape altogether, which is said below with all the others
+    return table
 
 
 def main(argv: list[str] | None = None) -> int:

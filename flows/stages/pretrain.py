@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from flows import files, knn, paths, plots, pretexts
+from flows import files, initial_weights, knn, paths, plots, pretexts
 from flows.data import (
     Batch,
     ImageDataset,
@@ -27,7 +27,7 @@ from flows.data import (
 from flows.imaging import Preprocessing
 from flows.params import Params
 from flows.pretexts import Pretext
-from flows.stage import Stage, run_stage
+from flows.stage import Stage, is_main_process, run_stage
 from flows.training import (
     Checkpoints,
     Job,
@@ -55,6 +55,10 @@ PICTURE = "examples.png"
 
 def run(params: Params, stage: Stage) -> None:
     settings, training = params.pretrain, params.pretrain.training
+    if settings.pretext == "none":
+        if is_main_process():
+            initial_weights.write(params)
+        return
     processes = initialize_processes(training, params.distributed)
     manifest = load_manifest(paths.DATA)
     preprocessing = preprocessing_for(manifest, params.model)
@@ -167,7 +171,7 @@ def write_outputs(
         (folder / "curves.png").write_bytes(plots.curves({"pretrain": history}))
     for name in (PICTURE, "curves.png"):
         stage.run.log_artifact(paths.PRETRAIN / name)
-    validated, measured = result.validation[-1], trained.measure(validation)
+    validated, measured = result.validation[-1], trained.measures(validation)
     stage.run.log_metrics(measured, params.pretrain.training.steps)
     metrics: dict[str, Any] = {
         "backbone": params.model.backbone,

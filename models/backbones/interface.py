@@ -9,7 +9,7 @@ Shape legend: B batch, H×W the image in pixels, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol, Self
 
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ class Backbone(Protocol):
         embed_dim: channels of a token where mask tokens enter.
         depths: blocks per stage; one number where there are no stages.
         num_layers: blocks in total.
+        feature_channels: channels of each of the ``feature_maps``.
     """
 
     image_size: int
@@ -35,6 +36,7 @@ class Backbone(Protocol):
     embed_dim: int
     depths: tuple[int, ...]
     num_layers: int
+    feature_channels: tuple[int, ...]
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) → the normalised map (B, num_features, H/stride, W/stride)."""
@@ -57,8 +59,12 @@ class Backbone(Protocol):
         """(B, 3, H, W) → one vector per image (B, num_features), what a classification head reads."""
         ...
 
-    def feature_maps(self, images: Tensor) -> list[Tensor]:
-        """(B, C, H', W') per stage, or of chosen blocks: for dense prediction and for probing inside."""
+    def feature_maps(self, images: Tensor, indices: Sequence[int] | None = None) -> list[Tensor]:
+        """(B, C, H', W') after each stage, or after each block where there are no stages.
+
+        For dense prediction and for probing inside; the last norm is not applied. ``indices`` chooses some,
+        from 0; what lies above the last of them is not computed.
+        """
         ...
 
     # What users of a backbone need of nn.Module; every backbone is one.

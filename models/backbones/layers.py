@@ -115,3 +115,17 @@ def stages_chosen(choice: bool | int | Sequence[bool], stages: int) -> tuple[boo
             f"activation_checkpointing has {len(choice)} entries, but each of {stages} stages needs one."
         )
     return tuple(bool(flag) for flag in choice)
+
+
+def maps_chosen(indices: Sequence[int] | None, count: int) -> list[int]:
+    """Which of ``count`` maps are wanted, in ascending order; None = all.
+
+    Raises:
+        ValueError: none is, or there is no such map, or the order is another.
+    """
+    chosen = list(range(count)) if indices is None else list(indices)
+    if not chosen or chosen != sorted(set(chosen)) or chosen[0] < 0 or chosen[-1] >= count:
+        raise ValueError(
+            f"indices are {chosen}, but must ascend within 0 to {count - 1}: there are {count} maps."
+        )
+    return chosen

@@ -21,7 +21,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.backbones.layers import DropPath, Mlp, PatchEmbed, PatchMerging, drop_path_rates, stages_chosen
+from models.backbones.layers import (
+    DropPath,
+    Mlp,
+    PatchEmbed,
+    PatchMerging,
+    drop_path_rates,
+    maps_chosen,
+    stages_chosen,
+)
 from models.backbones.window_attention import BiasedWindowAttention
 from models.backbones.windows import MASKED_LOGIT, WindowGeometry, WindowRule
 
@@ -84,6 +92,7 @@ class Swin(nn.Module):
         embed_dim: channels of the first stage, where mask tokens enter.
         patch_size, image_size, depths, num_heads: as given.
         num_layers: blocks in total.
+        feature_channels: channels after each stage.
         window_sizes: window side per stage after the rule.
 
     Raises:
@@ -122,6 +131,7 @@ class Swin(nn.Module):
         self.num_layers = sum(size.depths)
         self.num_features = size.embed_dim * 2 ** (stages - 1)
         self.stride = patch_size * 2 ** (stages - 1)
+        self.feature_channels = tuple(size.embed_dim * 2**stage for stage in range(stages))
 
         self.patch_embed = PatchEmbed(patch_size, size.embed_dim, in_channels)
         rates = iter(drop_path_rates(drop_path, self.num_layers))
@@ -185,15 +195,18 @@ class Swin(nn.Module):
         """(B, 3, S, S) → (B, num_features): the mean over the final map."""
         return self.forward_features(images).mean(dim=(2, 3))
 
-    def feature_maps(self, images: Tensor) -> list[Tensor]:
-        """One map (B, C·2^i, H_i, W_i) per stage, before merging, for dense prediction.
+    def feature_maps(self, images: Tensor, indices: Sequence[int] | None = None) -> list[Tensor]:
+        """One map (B, C·2^i, H_i, W_i) per stage i, or per stage of ``indices``, before merging.
 
         Each through a norm of its own with ``stage_norms``, as it is without.
         """
+        wanted = maps_chosen(indices, len(self.depths))
         x = self._embed(images)
         maps = []
-        for stage, layer in enumerate(self._stages()):
+        for stage, layer in enumerate(self._stages()[: wanted[-1] + 1]):
             x, before_merging = layer(x)
+            if stage not in wanted:
+                continue
             if self.stage_norms:
                 before_merging = self.get_submodule(f"norm{stage}")(before_merging)
             maps.append(before_merging.permute(0, 3, 1, 2))

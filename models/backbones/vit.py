@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models.backbones.bias_tables import resize_position_embedding
 from models.backbones.interface import Backbone
-from models.backbones.layers import PatchEmbed, drop_path_rates, stages_chosen
+from models.backbones.layers import PatchEmbed, drop_path_rates, maps_chosen, stages_chosen
 from models.backbones.vit_block import NORM_EPS, Attention, Block, RelativePositions, SharedTable, make_table
 
 LAYER_SCALE = 0.1
@@ -67,6 +67,7 @@ class VisionTransformer(nn.Module):
         stride, patch_size: pixels per token.
         image_size, depths: as given.
         num_layers: blocks.
+        feature_channels: channels after each block.
 
     Raises:
         ValueError: the sizes do not fit one another.
@@ -97,6 +98,7 @@ class VisionTransformer(nn.Module):
         self.num_features = size.embed_dim
         self.depths = size.depths
         self.num_layers = size.depth
+        self.feature_channels = (size.embed_dim,) * size.depth
         self.grid = image_size // patch_size
         (self.activation_checkpointing,) = stages_chosen(activation_checkpointing, 1)
 
@@ -131,25 +133,12 @@ class VisionTransformer(nn.Module):
         """(B, 3, S, S) → (B, C), what a head reads."""
         raise NotImplementedError
 
-    def feature_maps(self, images: Tensor, blocks: Sequence[int] | None = None) -> list[Tensor]:
-        """The patches (B, C, S/patch, S/patch) after some blocks, without a norm.
-
-        ``blocks`` counts from 1 (8 = what block 8 yields), in ascending order; None = the ends of the four
-        quarters of the network, or all blocks of a network of fewer than four.
-
-        Raises:
-            ValueError: there is no such block.
-        """
-        if blocks is None:
-            parts = min(4, self.num_layers)
-            blocks = [self.num_layers * part // parts for part in range(1, parts + 1)]
-        if not all(1 <= block <= self.num_layers for block in blocks):
-            raise ValueError(
-                f"blocks are {list(blocks)}, but this backbone has blocks 1 to {self.num_layers}."
-            )
+    def feature_maps(self, images: Tensor, indices: Sequence[int] | None = None) -> list[Tensor]:
+        """The patches (B, C, S/patch, S/patch) after each block, or those of ``indices``, without a norm."""
+        wanted = maps_chosen(indices, self.num_layers)
         x = self.patch_embed(images)
         grid = x.shape[1], x.shape[2]
-        _, kept = self._run(x, keep=blocks)
+        _, kept = self._run(x, wanted)
         return [_to_map(x, grid) for x in kept]
 
     def _make_block(self, size: ViTSize, drop_path: float) -> Block:
@@ -167,19 +156,21 @@ class VisionTransformer(nn.Module):
         raise NotImplementedError
 
     def _run(self, x: Tensor, keep: Sequence[int] = ()) -> tuple[Tensor, list[Tensor]]:
-        """Patches (B, H, W, C) → the tokens (B, L, C) after all blocks, and after those of ``keep``."""
+        """Patches (B, H, W, C) → the tokens (B, L, C) at the end, and after each of the blocks ``keep``.
+
+        With ``keep`` the end is the last of these blocks.
+        """
         grid = x.shape[1], x.shape[2]
         x = torch.cat((self.cls_token.to(x.dtype).expand(x.shape[0], -1, -1), x.flatten(1, 2)), dim=1)
         x = self._add_positions(x, grid)
         kept = []
-        for number, (block, bias) in enumerate(
-            zip(self.blocks, self._position_biases(), strict=True), start=1
-        ):
+        blocks = list(zip(self.blocks, self._position_biases(), strict=True))
+        for index, (block, bias) in enumerate(blocks[: keep[-1] + 1] if keep else blocks):
             if self.activation_checkpointing and self.training and torch.is_grad_enabled():
                 x = cast(Tensor, checkpoint(block, x, bias, use_reentrant=False))
             else:
                 x = block(x, bias)
-            if number in keep:
+            if index in keep:
                 kept.append(x)
         return x, kept
 

@@ -7,7 +7,8 @@ token is exactly zero: its cosine with everything is defined as 0, and so is its
 normalisation overflows in fp16.
 
 Matrix products with a softmax between them are faster here than ``F.scaled_dot_product_attention``: in
-training the bias needs a gradient, which on the CPU excludes the fused kernel.
+training the bias needs a gradient, which on the CPU excludes the fused kernel. Where gradients are needed,
+``fused_attention.py`` does the same with fewer copies.
 
 Shape legend: B batch, H×W tokens, C channels, h heads, d = C/h, M window side, N = M·M, nW windows per image.
 """
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from models.backbones.fused_attention import attend_windows
 from models.backbones.position_bias import BiasCache
 from models.backbones.windows import WindowGeometry
 
@@ -57,6 +59,10 @@ class BiasedWindowAttention(nn.Module):
         """Both (B·nW, h, N, d), at least fp32 → what the logits are the products of."""
         raise NotImplementedError
 
+    def cosine_scale(self, dtype: torch.dtype) -> Tensor | None:
+        """(h, 1, 1), what cosines are multiplied by; None: the logits are plain products over √d."""
+        return None
+
     def bias_weights(self) -> tuple[Tensor, ...]:
         """The parameters that the position bias depends on, and nothing else."""
         raise NotImplementedError
@@ -67,16 +73,36 @@ class BiasedWindowAttention(nn.Module):
 
     def forward(self, x: Tensor, windows: WindowGeometry, shift_mask: Tensor | None) -> Tensor:
         """(B, H, W, C) → (B, H, W, C); ``shift_mask`` (nW, 1, N, N) marks a shifted block."""
-        height, width, dim = x.shape[1:]
-        shift = windows.shift if shift_mask is not None else 0
+        height, width = x.shape[1:3]
         pad_rows, pad_columns = windows.padding(height, width)
         if pad_rows or pad_columns:
             x = F.pad(x, (0, 0, 0, pad_columns, 0, pad_rows))
+        if self._is_fused():
+            x = self._attend_fused(x, windows, shift_mask)
+        else:
+            x = self._attend_plainly(x, windows, shift_mask)
+        if pad_rows or pad_columns:
+            x = x[:, :height, :width]
+        return cast(Tensor, self.proj(x))
+
+    def _is_fused(self) -> bool:
+        """Whether gradients are needed: then the written-out backward pass is worth its while."""
+        return torch.is_grad_enabled() and not self.attention_chunk and not _is_traced()
+
+    def _attend_fused(self, x: Tensor, windows: WindowGeometry, shift_mask: Tensor | None) -> Tensor:
+        qkv = F.linear(x, self.qkv.weight, self.qkv_bias())
+        orders = windows.orders(qkv, self.num_heads, shift_mask is not None)
+        with _without_autocast(qkv):
+            scale = self.cosine_scale(_at_least_fp32(qkv.dtype))
+            return attend_windows(qkv, scale, self.position_bias(windows), shift_mask, orders, MIN_NORM)
+
+    def _attend_plainly(self, x: Tensor, windows: WindowGeometry, shift_mask: Tensor | None) -> Tensor:
+        shift = windows.shift if shift_mask is not None else 0
         if shift:
             x = torch.roll(x, (-shift, -shift), (1, 2))
-
+        height, width, dim = x.shape[1:]
         M, h, d = windows.window, self.num_heads, dim // self.num_heads
-        rows, columns = (height + pad_rows) // M, (width + pad_columns) // M
+        rows, columns = height // M, width // M
         qkv = F.linear(x, self.qkv.weight, self.qkv_bias())
         qkv = qkv.reshape(-1, rows, M, columns, M, 3, h, d).permute(5, 0, 1, 3, 6, 2, 4, 7)
         q, k, v = qkv.reshape(3, -1, h, M * M, d).unbind(0)  # each (B·nW, h, N, d)
@@ -92,11 +118,7 @@ class BiasedWindowAttention(nn.Module):
 
         x = x.reshape(-1, rows, columns, h, M, M, d).permute(0, 1, 4, 2, 5, 3, 6)
         x = x.reshape(-1, rows * M, columns * M, dim)
-        if shift:
-            x = torch.roll(x, (shift, shift), (1, 2))
-        if pad_rows or pad_columns:
-            x = x[:, :height, :width]
-        return cast(Tensor, self.proj(x))
+        return torch.roll(x, (shift, shift), (1, 2)) if shift else x
 
     def position_bias(self, windows: WindowGeometry) -> Tensor:
         """(h, N, N), at least fp32. It depends on weights alone, so evaluation computes it once."""
@@ -138,8 +160,10 @@ class WindowAttention(BiasedWindowAttention):
         return torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
 
     def scale_queries_and_keys(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        scale = self.logit_scale.to(q.dtype).clamp(max=MAX_LOGIT_SCALE).exp()
-        return q * (_inverse_norm(q) * scale), k * _inverse_norm(k)
+        return q * (_inverse_norm(q) * self.cosine_scale(q.dtype)), k * _inverse_norm(k)
+
+    def cosine_scale(self, dtype: torch.dtype) -> Tensor:
+        return self.logit_scale.to(dtype).clamp(max=MAX_LOGIT_SCALE).exp()
 
     def bias_weights(self) -> tuple[Tensor, ...]:
         return tuple(self.cpb_mlp.parameters())

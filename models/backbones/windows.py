@@ -24,6 +24,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from models.backbones.fused_attention import WindowOrders, window_orders
+
 WindowRule = Literal["shrink", "pad"]
 WINDOW_RULES: tuple[str, ...] = get_args(WindowRule)
 
@@ -31,6 +33,7 @@ WINDOW_RULES: tuple[str, ...] = get_args(WindowRule)
 # adds up to 16, so the customary -100 is not a mask; at -1000 the softmax weight is exactly zero in fp32.
 # Give -100 to reproduce the released models at temperatures near their lower bound.
 MASKED_LOGIT = -1000.0
+KEPT_ORDERS = 8  # sizes of a batch whose orders are kept, shifted and not
 
 
 class WindowGeometry(nn.Module):
@@ -85,6 +88,7 @@ class WindowGeometry(nn.Module):
         self.pretrained_window = pretrained_window or self.window
         for name in ("relative_coords", "relative_index", "shift_mask"):
             self.register_buffer(name, None, persistent=False)
+        self._orders: dict[tuple[object, ...], WindowOrders] = {}
         self._build_tables(device=None)
 
     def accepts(self, height: int, width: int) -> bool:
@@ -105,6 +109,15 @@ class WindowGeometry(nn.Module):
         rows, columns = self.padding(height, width)
         return self._make_mask(height + rows, width + columns, self.shift_mask.device)
 
+    def orders(self, qkv: Tensor, heads: int, is_shifted: bool) -> WindowOrders:
+        """How to gather windows and heads from a padded map (B, H, W, …) of this stage; made once a size."""
+        size = (*qkv.shape[:3], heads, self.window, self.shift if is_shifted else 0, qkv.device)
+        if size not in self._orders:
+            if len(self._orders) >= KEPT_ORDERS:
+                self._orders.clear()
+            self._orders[size] = window_orders(*size)
+        return self._orders[size]
+
     def extra_repr(self) -> str:
         return (
             f"grid={self.grid}, window={self.window}, shift={self.shift}, rule={self.rule}, "
@@ -118,6 +131,7 @@ class WindowGeometry(nn.Module):
         return self.window_size, self.window_size // 2
 
     def _build_tables(self, device: torch.device | None) -> None:
+        self._orders.clear()
         self.relative_coords = relative_coords(self.window, self.pretrained_window, device)
         self.relative_index = relative_index(self.window, device)
         if self.shift:

@@ -42,27 +42,20 @@ def pooled_features(backbone: Backbone, images: Tensor, feature: int) -> Tensor:
     """One vector per image (B, C), as ``Classifier`` says of ``feature``."""
     if feature == 0:
         return backbone.embedding(images)
-    if len(backbone.depths) > 1:
-        return backbone.feature_maps(images)[feature - 1].mean(dim=(2, 3))
-    (tokens,) = backbone.feature_maps(images, [feature])  # type: ignore[call-arg]  # networks without stages
-    return tokens.mean(dim=(2, 3))
+    (features,) = backbone.feature_maps(images, [feature - 1])
+    return features.mean(dim=(2, 3))
 
 
 def feature_width(backbone: Backbone, feature: int) -> int:
-    """Channels of ``pooled_features``; they double from stage to stage.
+    """Channels of ``pooled_features``.
 
     Raises:
-        ValueError: there is no such stage or block.
+        ValueError: there is no such map.
     """
-    stages = len(backbone.depths)
-    last = stages if stages > 1 else backbone.num_layers
+    last = len(backbone.feature_channels)
     if not 0 <= feature <= last:
-        raise ValueError(
-            f"feature is {feature}, but must be 0 or a {'stage' if stages > 1 else 'block'} from 1 to {last}."
-        )
-    if feature == 0:
-        return backbone.num_features
-    return backbone.embed_dim * (2 ** (feature - 1) if stages > 1 else 1)
+        raise ValueError(f"feature is {feature}, but must be 0 or a stage or block from 1 to {last}.")
+    return backbone.feature_channels[feature - 1] if feature else backbone.num_features
 
 
 class WithFeatures(nn.Module):

@@ -69,7 +69,7 @@ class SimMIM(nn.Module):
         *,
         head: HeadKind = "linear",
         inverse_swin: str = "",
-        window_size: int | None = 1,
+        window_size: int = 0,
         target_size: int = 0,
         loss: LossKind = "l1",
         loss_region: LossRegion = "masked",

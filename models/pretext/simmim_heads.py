@@ -26,7 +26,7 @@ def build_head(
     grid: int,
     target_size: int,
     inverse_swin: str = "",
-    window_size: int | None = 1,
+    window_size: int = 0,
 ) -> nn.Module:
     """A module (B, F, G, G) → (B, 3, T, T).
 
@@ -41,8 +41,8 @@ def build_head(
         if not inverse_swin.startswith("swin_v2_") or inverse_swin not in BACKBONES:
             known = ", ".join(name for name in BACKBONES if name.startswith("swin_v2_"))
             raise ValueError(f"inverse_swin is {inverse_swin!r}, but the head needs one of {known}.")
-        if window_size is None:
-            raise ValueError("window_size is missing: the inverse_swin head has windows of its own.")
+        if window_size < 1:
+            raise ValueError("head inverse_swin needs a window_size, in tokens, for its stages.")
         return InverseSwin(num_features, grid, target_size, inverse_swin, window_size)
     cell = pixels_per_token(grid, target_size)
     if kind == "linear":

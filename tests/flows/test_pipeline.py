@@ -184,3 +184,23 @@ def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
     while not path.exists():
         assert process.poll() is None, "ended before"
         time.sleep(0.1)
+
+
+def test_a_smoke_run_promotes_and_announces_nothing_and_a_control_may_be_left_out(
+    clone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (clone / "dvc.yaml").write_text(
+        tiny_clone.STAGES.replace("artifacts/finetune/scratch]", "artifacts/data]")
+    )
+
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("a smoke run asks for no promotion and tells nobody")
+
+    monkeypatch.setattr(decision, "decide", refuse)
+    monkeypatch.setattr(pipeline, "emit_event", refuse)
+    summary = pipeline.pipeline(settings=["pipeline.control=false"], smoke=True)
+    assert summary["smoke_run"]
+    assert list(stages(summary)) == ["ingest", "pretrain", "parity"], "without finetune@scratch"
+    assert summary["registry"]["promoted"] is False
+    assert Path(summary["workspace"]).name.startswith("smoke-digits-")
+    assert set(summary["metrics"]) == {"ingest", "pretrain", "parity"}

@@ -124,6 +124,18 @@ def test_why_a_version_was_not_promoted(summary: dict[str, Any]) -> None:
     assert "--version 3" in text, "the champion is another model than this run's"
 
 
+def test_without_control_pretraining_or_meaning(summary: dict[str, Any]) -> None:
+    del summary["metrics"]["evaluate-scratch"]
+    summary["metrics"]["pretrain"].update(steps=0, initialized_from="")
+    summary["smoke_run"] = True
+    text = flat(shown(summary))
+    assert "test top-1 98.33 % (96.4–99.2); no control was trained" in text
+    assert "not pretrained here: random weights" in text
+    assert "the figures below mean nothing, nothing was promoted" in text
+    summary["metrics"]["pretrain"]["initialized_from"] = "/weights/in22k.safetensors"
+    assert "weights of /weights/in22k.safetensors" in flat(shown(summary))
+
+
 def test_without_labels(summary: dict[str, Any]) -> None:
     for key in ("registry", "smoke"):
         del summary[key]

@@ -7,6 +7,7 @@ import torch
 
 import models
 from models.backbones.interface import Backbone
+from models.classification import Classifier
 from tests.models.conftest import randomize
 
 QUICK = ["swin_v2_pico", "swin_v1_pico", "vit_pico", "deit_pico"]
@@ -27,7 +28,42 @@ def test_shapes_are_those_of_the_protocol(name: str) -> None:
     assert backbone(images).shape == (2, backbone.num_features, side, side)
     assert backbone.embedding(images).shape == (2, backbone.num_features)
     assert backbone.num_layers == sum(backbone.depths)
-    assert all(m.shape[0] == 2 and m.ndim == 4 for m in backbone.feature_maps(images))
+    maps = backbone.feature_maps(images)
+    assert [m.shape[:2] for m in maps] == [(2, channels) for channels in backbone.feature_channels]
+    assert maps[-1].shape[2:] == (side, side)
+
+
+@pytest.mark.parametrize("name", QUICK)
+@torch.no_grad()
+def test_chosen_maps_are_those_of_all_and_cost_nothing_above(name: str) -> None:
+    backbone, images = build(name), torch.randn(2, 3, 32, 32)
+    maps = backbone.feature_maps(images)
+    for indices in ([0], [len(maps) - 1], [0, len(maps) - 1]):
+        chosen = backbone.feature_maps(images, indices)
+        assert len(chosen) == len(indices)
+        assert all(torch.equal(map_, maps[index]) for map_, index in zip(chosen, indices, strict=True))
+    entered: list[str] = []
+    for part, module in backbone.named_modules():  # type: ignore[attr-defined]
+        if part.endswith(".mlp"):
+            module.register_forward_hook(lambda *_, part=part: entered.append(part))
+    backbone.feature_maps(images, [0])
+    assert len(entered) == (backbone.depths[0] if len(backbone.depths) > 1 else 1)
+    for wrong in ([], [len(maps)], [-1], [1, 0], [0, 0]):
+        with pytest.raises(ValueError, match=r"indices are .*must ascend"):
+            backbone.feature_maps(images, wrong)
+
+
+@pytest.mark.parametrize("name", QUICK)
+@torch.no_grad()
+def test_classifiers_read_any_map(name: str) -> None:
+    backbone, images = build(name), torch.randn(2, 3, 32, 32)
+    count = len(backbone.feature_channels)
+    for feature in (1, count):
+        classifier = Classifier(backbone, 5, feature).eval()
+        expected = backbone.feature_maps(images)[feature - 1].mean((2, 3))
+        torch.testing.assert_close(classifier(images), classifier.head(expected))
+    with pytest.raises(ValueError, match=f"feature is {count + 1}, .* from 1 to {count}"):
+        Classifier(backbone, 5, count + 1)
 
 
 @pytest.mark.parametrize("name", QUICK)

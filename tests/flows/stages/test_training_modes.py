@@ -349,3 +349,39 @@ def test_a_backbone_that_does_not_fit_is_refused_by_name(tmp_path: Path, fault: 
     save_file(state, tmp_path / "wrong.safetensors")
     with pytest.raises(DataError, match=rf"wrong.safetensors does not fit .*: {name}$"):
         finetune.load_backbone(small(), tmp_path / "wrong.safetensors")
+
+
+@pytest.mark.parametrize("name", ["swin_v2_pico", "swin_v1_pico", "vit_pico", "deit_pico"])
+def test_weights_of_one_size_start_another(tmp_path: Path, raw_params: dict[str, Any], name: str) -> None:
+    """Pretrained at 16 pixels and windows of 2, finetuned at 32 and 4: all weights arrive, tables resized,
+    and Swin V2 is told the windows it comes from."""
+    from safetensors.torch import save_file
+
+    from models.pretext.simmim import SimMIM
+
+    raw_params["model"].update(backbone=name, image_size=16, window_size=2)
+    raw_params["finetune"].update(image_size=32, window_size=4)
+    checked = params.check(raw_params, "test")
+    donor = models.create(name, image_size=16, patch_size=4, window_size=2, pretraining=True)
+    torch.manual_seed(3)
+    for parameter in donor.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    save_file(SimMIM(donor, 8).state_dict(), tmp_path / "pretrained.safetensors")
+
+    taker = finetune.build_model(checked, 10)
+    assert taker.backbone.image_size == 32
+    before = {key: value.clone() for key, value in taker.state_dict().items()}
+    finetune.load_backbone(taker, tmp_path / "pretrained.safetensors")
+    unchanged = {key for key, value in taker.state_dict().items() if torch.equal(value, before[key])}
+    fresh = {"head.weight", "head.bias"} | (
+        {"backbone.fc_norm.weight", "backbone.fc_norm.bias"} & set(before)
+    )
+    assert unchanged == fresh
+    assert torch.isfinite(taker(torch.randn(2, 3, 32, 32))).all()
+    arguments = finetune.backbone_arguments(checked, pretrained=True)
+    if name == "swin_v2_pico":
+        assert arguments["pretrained_windows"] == [2, 2]
+        assert taker.backbone.layers[0].windows.pretrained_window == 2
+    else:
+        assert "pretrained_windows" not in arguments
+    assert "pretrained_windows" not in finetune.backbone_arguments(checked, pretrained=False)
