@@ -66,7 +66,7 @@ def test_the_loss_is_that_of_a_loop_over_images_with_the_queues_of_before() -> N
             total = sum(math.exp(logit / 0.3) for logit in logits)
             expected -= (logits[0] / 0.3 - math.log(total)) / 4
     output = model(view_1, view_2)
-    assert float(output.loss) == pytest.approx(expected, rel=1e-5)
+    assert float(output.loss.detach()) == pytest.approx(expected, rel=1e-5)
     assert output.losses.shape == (4,)
     torch.testing.assert_close(model.queue_1, torch.cat([keys[0].T, queue_1[:, :4]], dim=1))
     torch.testing.assert_close(model.queue_2, torch.cat([keys[1].T, queue_2[:, :4]], dim=1))
