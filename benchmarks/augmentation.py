@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
         [
             "# Decoding and augmentation",
             "",
-            f"{describe_machine()}, by the CPU's clock; medians of {options.rounds} rounds of {IMAGES} images; "
+            f"{describe_machine()}, by the CPU's clock; {options.rounds} rounds of {IMAGES} images; "
             f"a JPEG of 500×375 pixels ({len(encoded) / 1000:.0f} kB) to {options.image_size} pixels. "
             "`python -m benchmarks.augmentation`",
             "",
