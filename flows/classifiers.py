@@ -35,7 +35,7 @@ class ClassifierConfig:
     preprocessing: Preprocessing
     data_digest: str  # digest of the data set's manifest
     start_sha256: str  # of the weights that training started from; empty: random weights
-    feature: int = -1  # what the head reads, see Classifier
+    feature: int = 0  # what the head reads, see Classifier
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -45,7 +45,7 @@ class ClassifierConfig:
             "preprocessing": self.preprocessing.to_dict(),
             "data_digest": self.data_digest,
             "start_sha256": self.start_sha256,
-            **({"feature": self.feature} if self.feature >= 0 else {}),
+            **({"feature": self.feature} if self.feature else {}),
         }
 
     @classmethod
@@ -62,7 +62,7 @@ class ClassifierConfig:
             preprocessing=Preprocessing.from_dict(value["preprocessing"]),
             data_digest=value["data_digest"],
             start_sha256=value["start_sha256"],
-            feature=value.get("feature", -1),
+            feature=value.get("feature", 0),
         )
 
 

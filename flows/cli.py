@@ -21,6 +21,8 @@ from flows.errors import ConfigError, GateFailed, Interrupted, TrunklineError, e
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 serve_app = typer.Typer(no_args_is_help=True, help="Serve a registered model.")
 app.add_typer(serve_app, name="serve")
+plan_app = typer.Typer(no_args_is_help=True, help="Say beforehand what something needs.")
+app.add_typer(plan_app, name="plan")
 
 
 @app.command()
@@ -128,6 +130,33 @@ def serve_vision(
     given = {"host": host, "port": port if port >= 0 else "", "variant": variant}
     overrides = {key: value for key, value in given.items() if value != ""}
     serve_registered(params.load(), model, alias, version, overrides)
+
+
+@plan_app.command("train")
+def plan_train(
+    model: Annotated[str, typer.Option(help="backbone; empty: model.backbone of params.yaml")] = "",
+    image_size: Annotated[int, typer.Option(help="pixels; 0: params.yaml")] = 0,
+    window_size: Annotated[int, typer.Option(help="tokens; 0: params.yaml")] = 0,
+    batch: Annotated[int, typer.Option(min=0, help="images per step; 0: params.yaml")] = 0,
+    devices: Annotated[int, typer.Option(min=0, help="0: as few as will do")] = 0,
+    device_memory_gb: Annotated[float, typer.Option(min=0.1, help="of one device, GiB")] = 80.0,
+    precision: Annotated[str, typer.Option(help="bf16 or fp32")] = "bf16",
+) -> None:
+    """Say which ZeRO stage, micro-batch and how many devices a pretraining needs, and why."""
+    from flows.planning.memory import ELEMENT, Network
+    from flows.planning.training_plan import describe, plan_training
+
+    checked = params.load(paths.workspace() / "params.yaml")
+    if precision not in ELEMENT:
+        raise ConfigError(f"--precision must be bf16 or fp32, found {precision!r}")
+    window = window_size or checked.model.window_size
+    if window is None:
+        raise ConfigError("give --window-size: params.yaml names none for this backbone")
+    network = Network(
+        model or checked.model.backbone, image_size or checked.model.image_size, window, precision
+    )
+    found = plan_training(network, device_memory_gb, devices, batch or checked.pretrain.training.batch_size)
+    print("\n".join(describe(found, network, device_memory_gb)))
 
 
 ModelName = Annotated[str, typer.Option(help="registered model; empty: the one of params.yaml's data set")]

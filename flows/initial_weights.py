@@ -1,8 +1,8 @@
 """Pretext `none`: artifacts/pretrain without training, for supervised runs and for published weights.
 
 What finetuning starts from is then random, or the backbone of the file that `pretrain.initialize_from` names:
-an earlier pretraining, a classifier, or a released checkpoint of a known layout (docs/checkpoints.md). The
-graph and everything behind it stay the same.
+an earlier pretraining, a classifier, or a released checkpoint (docs/checkpoints.md). The graph and everything
+behind it stay the same.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import nn
 
 import models
 from flows import files, paths
@@ -20,24 +19,28 @@ from flows.params import Params
 from flows.published import load_published
 from flows.training.outputs import write_weights
 
+PREFIX = "backbone."
+
 
 def write(params: Params) -> None:
     """Write artifacts/pretrain and its metrics.
 
     Raises:
         ConfigError: no such backbone, or its sizes do not fit.
-        DataError: no such file, or it does not hold the backbone of params.yaml.
+        DataError: no such file, or its backbone is not the one of params.yaml.
     """
     torch.manual_seed(params.seed)
     sizes = params.model.model_dump(exclude={"backbone"})
     try:
+        # a ViT has two forms; this one is finetuned, and a file of the other is brought into it
         backbone = models.create(params.model.backbone, **sizes)
     except ValueError as error:
         raise ConfigError(f"params.yaml: `model`: {error}") from None
-    model = nn.ModuleDict({"backbone": backbone})
     source = params.pretrain.initialize_from
     if source:
-        load_published(Path(source), model, "pretrain.initialize_from")
+        report = load_published(Path(source), backbone, "pretrain.initialize_from")
+        print("\n".join(report.lines()))
+    weights = {PREFIX + name: value for name, value in backbone.state_dict().items()}
 
     manifest = load_manifest(paths.DATA)
     config = {
@@ -48,11 +51,11 @@ def write(params: Params) -> None:
         "data_digest": manifest.digest,
     }
     with files.replace_folder(paths.PRETRAIN) as folder:
-        write_weights(folder / "model.safetensors", model.state_dict())
+        write_weights(folder / "model.safetensors", weights)
         files.write_json(folder / "config.json", config)
     metrics = {
         "backbone": params.model.backbone,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": sum(parameter.numel() for parameter in backbone.parameters()),
         "steps": 0,
         "images_seen": 0,
         "initialized_from": source,

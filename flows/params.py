@@ -96,8 +96,10 @@ class Training(Section):
     processes: Literal["auto"] | Positive
     threads: Count
     zero_stage: Annotated[int, Field(ge=0, le=3)]
+    zero_offload: Literal["none", "optimizer", "parameters"]
     precision: Literal["fp32", "bf16", "auto"]
-    activation_checkpointing: bool
+    activation_checkpointing: bool | Count
+    attention_chunk: Count
     optimizer: Literal["adamw", "sgd"]
     lr: Annotated[float, Field(gt=0.0)]
     warmup_lr: NonNegative
@@ -121,6 +123,12 @@ class Training(Section):
             raise ValueError(f"min_lr and warmup_lr must not exceed lr {self.lr}")
         if self.optimizer == "sgd" and self.zero_stage > 0:
             raise ValueError(f"optimizer sgd needs zero_stage 0, found {self.zero_stage}")
+        if self.zero_offload == "optimizer" and self.zero_stage == 0:
+            raise ValueError("zero_offload optimizer needs sharded states: set zero_stage to 1, 2 or 3")
+        if self.zero_offload == "parameters" and self.zero_stage != 3:
+            raise ValueError(
+                f"zero_offload parameters needs zero_stage 3, which shards them; it is {self.zero_stage}"
+            )
         divisor = self.accumulation * (1 if self.processes == "auto" else self.processes)
         if self.batch_size % divisor:
             raise ValueError(
@@ -226,7 +234,7 @@ class Pretrain(Section):
 
 class LinearProbe(Section):
     lr_factors: Annotated[list[Annotated[float, Field(gt=0.0)]], Field(min_length=1)]
-    feature: Annotated[int, Field(ge=-1)]
+    feature: Count
 
 
 class RandomAugment(Section):

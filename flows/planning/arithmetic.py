@@ -31,7 +31,7 @@ class Product:
         return 2 * self.rows * self.inner * self.columns * self.batch * self.count
 
 
-def forward_products(backbone: SwinV2, batch: int, head_columns: int, *, per_token: bool) -> list[Product]:
+def forward_products(backbone: Swin, batch: int, head_columns: int, *, per_token: bool) -> list[Product]:
     """All products of one forward pass on ``batch`` images of the backbone's nominal size.
 
     Args:

@@ -81,6 +81,7 @@ class Pretext(ABC):
             window_size=self.params.model.window_size,
             drop_path=drop_path,
             activation_checkpointing=self.settings.training.activation_checkpointing,
+            attention_chunk=self.settings.training.attention_chunk,
             pretraining=True,
         )
 

@@ -132,7 +132,7 @@ def classify(
 def ask_neighbours(
     model: Classifier, params: Params, dataset: ImageDataset, preprocessing: Preprocessing
 ) -> float:
-    """Top-1 of the nearest images of the whole training split, by the backbone's embedding."""
+    """Top-1 of the nearest images of the whole training split, by what the head reads."""
     rows = range(dataset.manifest.splits["train"].count)
     known = ImageDataset(
         paths.DATA,
@@ -144,7 +144,7 @@ def ask_neighbours(
     size, device = params.evaluate.batch_size, next(model.parameters()).device
     voters = ((batch, 1.0) for batch in eval_batches(known, preprocessing, size))
     queries = ((batch, 1.0) for batch in eval_batches(dataset, preprocessing, size))
-    return knn.top1(model.backbone.embedding, voters, queries, params.knn, preprocessing, device)
+    return knn.top1(model.features, voters, queries, params.knn, preprocessing, device)
 
 
 def summarize(logits: Tensor, labels: Tensor, bins: int) -> dict[str, float]:

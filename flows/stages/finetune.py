@@ -257,11 +257,12 @@ def build_model(params: Params, num_classes: int, arguments: dict[str, Any] | No
             **{key: value for key, value in arguments.items() if key != "name"},
             "drop_path": params.finetune.drop_path,
             "activation_checkpointing": params.finetune.training.activation_checkpointing,
+            "attention_chunk": params.finetune.training.attention_chunk,
         },
         arguments["name"],
     )
     probing = params.finetune.task == "linear_probe"
-    feature = params.finetune.linear_probe.feature if probing else -1
+    feature = params.finetune.linear_probe.feature if probing else 0
     try:
         return Classifier(backbone, num_classes, feature)
     except ValueError as error:

@@ -122,6 +122,8 @@ def initialize_processes(settings: Training, distributed: Distributed) -> Proces
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(settings.threads or max(1, len(os.sched_getaffinity(0)) // local))
         torch.use_deterministic_algorithms(True)
+        # A young network's gradients underflow, and processors handle denormal numbers many times slower.
+        torch.set_flush_denormal(True)
         # else DeepSpeed's buffers are filled every step (the module is an object at run time)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if not dist.is_initialized():
@@ -168,17 +170,22 @@ def deepspeed_config(settings: Training, world_size: int, parameters: int) -> di
     """The one place where DeepSpeed's configuration is derived from params.yaml and the model's size."""
     bucket = max(BUCKET_MIN, min(parameters, BUCKET_MAX))
     is_bf16 = resolve_precision(settings) == "bf16"
+    zero: dict[str, Any] = {
+        # without ZeRO, DeepSpeed keeps no fp32 copy of bf16 weights: small updates would be rounded away
+        "stage": max(settings.zero_stage, 1) if is_bf16 else settings.zero_stage,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+    }
+    if settings.zero_offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if settings.zero_offload == "parameters":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
         "train_batch_size": settings.batch_size,
         "train_micro_batch_size_per_gpu": micro_batch_size(settings, world_size),
         "gradient_accumulation_steps": settings.accumulation,
         "gradient_clipping": settings.clip_grad,
-        "zero_optimization": {
-            # without ZeRO, DeepSpeed keeps no fp32 copy of bf16 weights: small updates would be rounded away
-            "stage": max(settings.zero_stage, 1) if is_bf16 else settings.zero_stage,
-            "reduce_bucket_size": bucket,
-            "allgather_bucket_size": bucket,
-        },
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         # torch's AdamW also where DeepSpeed would like its own CPU Adam, which needs a C++ compiler
         "zero_force_ds_cpu_optimizer": False,

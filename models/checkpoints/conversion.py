@@ -197,7 +197,11 @@ def _config(
 def _labels(weights: Weights, num_classes: int | None) -> Sequence[str]:
     """Names of the classes in a configuration of transformers or ours, if there is one for each."""
     named = weights.config.get("id2label")
-    found: object = list(named.values()) if isinstance(named, Mapping) else weights.config.get("classes")
+    found: object = weights.config.get("classes")
+    if isinstance(named, Mapping):  # by number: files often have "10" before "2"
+        by_number = {str(number): label for number, label in named.items()}
+        numbers = [str(number) for number in range(len(by_number))]
+        found = [by_number[number] for number in numbers] if by_number.keys() == set(numbers) else None
     if not isinstance(found, list) or len(found) != num_classes:
         return []
     labels = [str(label) for label in found]

@@ -12,11 +12,11 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be read, is of no known layout, or does not fit; nothing was loaded from it."""
 
 
-def listed(names: Iterable[str]) -> str:
-    """The first dozen names, then how many more there are; on one line, whatever is in them."""
+def listed(names: Iterable[str], most: int = LISTED_NAMES) -> str:
+    """The first names, then how many more there are; on one line, whatever is in them."""
     names = list(names)
-    shown = ", ".join(_shown(name) for name in names[:LISTED_NAMES])
-    more = len(names) - LISTED_NAMES
+    shown = ", ".join(_shown(name) for name in names[:most])
+    more = len(names) - most
     return f"{shown} and {more} more" if more > 0 else shown
 
 

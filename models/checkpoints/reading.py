@@ -163,6 +163,9 @@ def _parse_header(text: str) -> Mapping[str, Any]:
 
 def _unpickle(path: Path, mmap: bool) -> object:
     try:
+        if path.suffix == ".safetensors":  # torch would believe the name
+            with open(path, "rb") as file:
+                return torch.load(file, map_location="cpu", weights_only=True)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         if names := _refused_names(path, error):

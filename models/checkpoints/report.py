@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from models.checkpoints.description import Description
 from models.checkpoints.errors import listed
 
+SHOWN = 3
+"""Names in a line that only informs."""
+
 
 @dataclass(frozen=True)
 class Report:
@@ -46,21 +49,18 @@ class Report:
             f"  model    {self.model}",
             f"  loaded   {len(self.loaded)} tensors",
         ]
-        lines += [f"  resized  {what}: {listed(names)}" for what, names in _grouped(self.resized).items()]
+        lines += [
+            f"  resized  {what}: {listed(names, SHOWN)}" for what, names in _grouped(self.resized).items()
+        ]
         if self.rebuilt:
             lines.append(
-                f"  rebuilt  {len(self.rebuilt)} tables of the geometry: {listed_short(self.rebuilt)}"
+                f"  rebuilt  {len(self.rebuilt)} tables of the geometry: {listed(self.rebuilt, SHOWN)}"
             )
         for reason, names in _grouped(self.dropped).items():
-            lines.append(f"  dropped  {len(names)} ({reason}): {listed_short(names)}")
+            lines.append(f"  dropped  {len(names)} ({reason}): {listed(names, SHOWN)}")
         if self.fresh:
-            lines.append(f"  fresh    not in the checkpoint, kept as they were: {listed_short(self.fresh)}")
+            lines.append(f"  fresh    not in the checkpoint, kept as they were: {listed(self.fresh, SHOWN)}")
         return lines + [f"  note     {note}" for note in self.notes]
-
-
-def listed_short(names: tuple[str, ...] | list[str]) -> str:
-    """The first three names, for a line that only informs."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _grouped(reasons: dict[str, str]) -> dict[str, list[str]]:

@@ -13,11 +13,12 @@ class Classifier(nn.Module):
     """A backbone with a linear classification head.
 
     Args:
-        feature: what the head reads: -1 the backbone's embedding, from 0 the mean over that one of its
-            ``feature_maps`` (masked image modelling keeps its best features below the top).
+        feature: what the head reads: 0 the backbone's embedding; n the mean over the map after stage n, or
+            after block n where there are no stages (masked image modelling keeps its best features below
+            the top).
     """
 
-    def __init__(self, backbone: Backbone, num_classes: int, feature: int = -1) -> None:
+    def __init__(self, backbone: Backbone, num_classes: int, feature: int = 0) -> None:
         super().__init__()
         if num_classes < 1:
             raise ValueError(f"num_classes is {num_classes}, but must be at least 1.")
@@ -38,10 +39,10 @@ class Classifier(nn.Module):
 
 
 def pooled_features(backbone: Backbone, images: Tensor, feature: int) -> Tensor:
-    """One vector per image (B, C): the embedding, or the mean over the map ``feature``."""
-    if feature < 0:
+    """One vector per image (B, C), as ``Classifier`` says of ``feature``."""
+    if feature == 0:
         return backbone.embedding(images)
-    (features,) = backbone.feature_maps(images, [feature])
+    (features,) = backbone.feature_maps(images, [feature - 1])
     return features.mean(dim=(2, 3))
 
 
@@ -51,14 +52,10 @@ def feature_width(backbone: Backbone, feature: int) -> int:
     Raises:
         ValueError: there is no such map.
     """
-    if feature < 0:
-        return backbone.num_features
-    if feature >= len(backbone.feature_channels):
-        raise ValueError(
-            f"feature is {feature}, but must be -1 or the index of a feature map, of which this backbone has "
-            f"{len(backbone.feature_channels)}."
-        )
-    return backbone.feature_channels[feature]
+    last = len(backbone.feature_channels)
+    if not 0 <= feature <= last:
+        raise ValueError(f"feature is {feature}, but must be 0 or a stage or block from 1 to {last}.")
+    return backbone.feature_channels[feature - 1] if feature else backbone.num_features
 
 
 class WithFeatures(nn.Module):

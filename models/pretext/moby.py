@@ -84,12 +84,12 @@ class MoBY(nn.Module):
         self.predictor = Head(key_dim, hidden_dim, key_dim)
         self.target_backbone = target_backbone
         self.target_projector = copy.deepcopy(self.projector)
-        cast(nn.Module, target_backbone).load_state_dict(cast(nn.Module, backbone).state_dict())
         for _, target in self._pairs():
             target.requires_grad_(False)
         for name in ("queue_1", "queue_2"):
             self.register_buffer(name, F.normalize(torch.randn(key_dim, queue_size), dim=0))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.restart()
 
     def forward(self, view_1: Tensor, view_2: Tensor, begins_step: bool = True) -> MoBYOutput:
         """Two views (B, 3, S, S) of the same images, normalised floats.
@@ -107,8 +107,11 @@ class MoBY(nn.Module):
             enqueue(self.queue_2, gather(key_2))
         return MoBYOutput(losses.mean(), losses)
 
+    @torch.no_grad()
     def restart(self) -> None:
-        """Forget how far a run was: for weights that only initialise another one."""
+        """Begin a run with the present online weights: the target is a copy of them."""
+        for online, target in self._pairs():
+            target.copy_(online)
         self.step.zero_()
 
     @torch.no_grad()

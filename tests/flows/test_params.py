@@ -33,6 +33,8 @@ def test_the_shipped_file_is_valid() -> None:
         ("pretrain.training=3", "`pretrain.training` is a section"),
         ("evaluate.split=train", "'test' or 'val'"),
         ("finetune.layer_decay=.nan", "`finetune.layer_decay`"),
+        ("finetune.training.zero_offload=parameters", "needs zero_stage 3"),
+        ("finetune.training.attention_chunk=-1", "attention_chunk"),
         ("finetune.training.processes=3", "divisible by processes"),
         ("pretrain.subset=30", "not among scale.percentages"),
         ("pretrain.mask_unit=6", "multiple of model.patch_size"),

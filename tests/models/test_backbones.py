@@ -58,12 +58,12 @@ def test_chosen_maps_are_those_of_all_and_cost_nothing_above(name: str) -> None:
 def test_classifiers_read_any_map(name: str) -> None:
     backbone, images = build(name), torch.randn(2, 3, 32, 32)
     count = len(backbone.feature_channels)
-    for feature in (0, count - 1):
+    for feature in (1, count):
         classifier = Classifier(backbone, 5, feature).eval()
-        expected = backbone.feature_maps(images)[feature].mean((2, 3))
+        expected = backbone.feature_maps(images)[feature - 1].mean((2, 3))
         torch.testing.assert_close(classifier(images), classifier.head(expected))
-    with pytest.raises(ValueError, match=f"feature is {count}, .* of which this backbone has {count}"):
-        Classifier(backbone, 5, count)
+    with pytest.raises(ValueError, match=f"feature is {count + 1}, .* from 1 to {count}"):
+        Classifier(backbone, 5, count + 1)
 
 
 @pytest.mark.parametrize("name", QUICK)

@@ -296,6 +296,22 @@ def test_every_layout_comes_back_bit_for_bit(name: str, target: Any, task: str) 
     assert_same(again.state_dict(), model.state_dict())
 
 
+def test_classes_keep_their_numbers_whatever_their_order_in_the_file() -> None:
+    model = Classifier(build("swin_v2_peer", "backbone"), 12)
+    named = {str(i): f"class {i}" for i in range(12)}
+    config = {
+        "id2label": dict(sorted(named.items())),
+        "image_size": 32,
+        "window_size": 4,
+    }  # 0, 1, 10, 11, 2 …
+    made = checkpoints.convert(Weights(model.state_dict(), config), "ours")
+    assert made.config["classes"] == list(named.values())
+    back = checkpoints.convert(Weights(made.tensors, made.config), "transformers")
+    assert back.config["id2label"] == named
+    strange = {**config, "id2label": {"0": "a", "x": "b"}}
+    assert "classes" not in checkpoints.convert(Weights(model.state_dict(), strange), "ours").config
+
+
 def test_nothing_that_is_written_shares_memory() -> None:
     made = checkpoints.convert(
         Weights(build("swin_v2_peer").state_dict()), "transformers", geometry=Geometry(32, 4)

@@ -170,6 +170,16 @@ def test_types_other_than_float32_are_converted_and_said(tmp_path: Path) -> None
     assert "float16" in " ".join(report.notes)
 
 
+@pytest.mark.parametrize("name", ["weights.safetensors", "weights.bin", "weights"])
+def test_a_file_is_known_by_what_is_in_it_whatever_its_name(name: str, tmp_path: Path) -> None:
+    for save in (torch.save, lambda state, path: save_file(published.plain(MODEL), path)):
+        save(STATE, tmp_path / name)
+        model = build()
+        nn.init.zeros_(model.head.weight)
+        checkpoints.load(tmp_path / name, model)
+        assert torch.equal(model.head.weight, STATE["head.weight"])
+
+
 class Config:
     """As yacs' CfgNode: a class of another package, next to the weights."""
 

@@ -109,6 +109,9 @@ def test_the_target_follows_at_the_start_of_a_step_with_the_weights_of_the_last_
         with torch.no_grad():
             model.backbone.scale.fill_(online)
     assert expected > 3
+    model.restart()
+    assert float(model.target_backbone.scale) == float(model.backbone.scale)
+    assert int(model.step) == 0
 
 
 def test_gradients_reach_the_online_network_alone() -> None:

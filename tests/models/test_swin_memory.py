@@ -98,8 +98,8 @@ def test_chunks_hold_in_half_precision_and_under_checkpointing() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         for result, reference in zip(step(chunked), step(plain), strict=True):
             scale = float(reference.float().abs().max())
-            # A logit scale's gradient, (h, 1, 1), is a sum that nearly cancels: in bf16 both ways are off from
-            # fp32 by a third of it.
+            # A logit scale's gradient, (h, 1, 1), is a sum that nearly cancels: in bf16 both ways are off
+            # from fp32 by a third of it.
             tolerance = 0.05 if reference.ndim != 3 else 0.6
             torch.testing.assert_close(result, reference, rtol=tolerance, atol=tolerance * scale)
 

@@ -14,6 +14,7 @@ import training_workspace as workspaces
 from forked import in_processes
 from safetensors.torch import load_file
 
+import models
 from flows import files, params, paths
 from flows.classifiers import load_classifier
 from flows.errors import ConfigError, Interrupted
@@ -197,3 +198,29 @@ def test_what_does_not_fit_is_refused(raw_params: dict[str, Any], change: Any, m
     values = params.overlay(raw_params, {"pretrain": change}, "test")
     with pytest.raises(ConfigError, match=message):
         params.check(values, "test")
+
+
+@pytest.mark.parametrize("pretext", ["none", "simmim"])
+def test_a_released_vit_is_where_training_starts(
+    enter: Any, capsys: pytest.CaptureFixture[str], pretext: str
+) -> None:
+    """`none` brings it into the form for finetuning and trains nothing."""
+    folder = enter(
+        {
+            "model": {"backbone": "vit_pico"},
+            "pretrain": {"pretext": pretext, "initialize_from": "released.pth", "training": TRAINING},
+        },
+        f"released-{pretext}",
+    )
+    size = params.load().model
+    released = models.create("vit_pico", image_size=16, patch_size=size.patch_size, pretraining=True)
+    weights = {f"encoder.{name}": value for name, value in released.state_dict().items()}
+    torch.save({"model": weights}, folder / "released.pth")
+    pretrain_for(folder, 1)
+    said = capsys.readouterr().out
+    assert "official layout" in said
+    assert f"loaded   {len(weights) + (3 if pretext == 'none' else 0)} tensors" in said
+    if pretext == "none":
+        for block in range(6):
+            table = saved(folder)[f"backbone.blocks.{block}.attn.relative_position_bias_table"]
+            assert torch.equal(table, released.rel_pos_bias.relative_position_bias_table)

@@ -40,6 +40,20 @@ def test_it_learns_and_resumes_bit_for_bit(stage: int, tmp_path: Path, raw_param
     assert [row["val_loss"] for row in whole.validation] == [row["val_loss"] for row in resumed.validation]
 
 
+@pytest.mark.parametrize(("stage", "offload"), [(1, "optimizer"), (2, "optimizer"), (3, "parameters")])
+def test_offload_changes_no_weight_and_resumes(
+    stage: int, offload: str, tmp_path: Path, raw_params: dict[str, Any]
+) -> None:
+    expected = run(tmp_path / "device", training(raw_params, zero_stage=stage))
+    settings = training(raw_params, zero_stage=stage, zero_offload=offload)
+    with pytest.raises(Interrupted):
+        run(tmp_path / "host", settings, stop_at=17)
+    resumed = run(tmp_path / "host", settings)
+    assert resumed.began.startswith("resume: step 17")
+    for name, weights in expected.weights.items():
+        torch.testing.assert_close(resumed.weights[name], weights, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("stage", [0, 1])
 def test_bf16_keeps_fp32_weights_to_add_small_updates_to(
     stage: int, tmp_path: Path, raw_params: dict[str, Any]
