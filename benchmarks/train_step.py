@@ -32,7 +32,7 @@ from benchmarks.interleaved import CLOCKS, Rounds, describe_machine, interleave
 from flows import files, params
 from flows.planning.arithmetic import Product, forward_products, step_flops
 from flows.training import group_parameters
-from flows.training.optimizer import build_adamw
+from flows.training.optimizer import build_optimizer
 from models.backbones.swin import Swin
 from models.classification import Classifier
 from models.parameter_groups import no_weight_decay
@@ -140,7 +140,7 @@ def our_step(case: Case, data: Data, dtype: torch.dtype, device: torch.device) -
     master = make_model(case).to(device) if dtype != torch.float32 else model
     model.to(dtype)
     groups = group_parameters(master, settings.weight_decay, no_weight_decay)
-    optimizer = build_adamw(master, groups, settings)
+    optimizer = build_optimizer(master, groups, settings)
     for group in optimizer.param_groups:
         group["lr"] = 1e-4
     weights, exact = list(model.parameters()), list(master.parameters())
