@@ -83,13 +83,8 @@ def main(argv: list[str] | None = None) -> int:
         [
             "# Decoding and augmentation",
             "",
-<<<<<<< HEAD
             f"{describe_machine()}, by the CPU's clock; {options.rounds} rounds of {IMAGES} images; "
             f"a JPEG of 500×375 pixels ({len(encoded) / 1000:.0f} kB) to {options.image_size} pixels. "
-=======
-            f"{describe_machine()}, by the CPU's clock; medians of {options.rounds} rounds of {IMAGES} images; a "
-            f"JPEG of 500×375 pixels ({len(encoded) / 1000:.0f} kB) to {options.image_size} pixels. "
->>>>>>> main
             "`python -m benchmarks.augmentation`",
             "",
             "| step | ms per image | images per second and core, with decoding |",

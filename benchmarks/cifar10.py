@@ -19,7 +19,7 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 
 def load_encoded(split: str, count: int) -> list[tuple[bytes, int]]:
-    """Encoded files and labels of `count` images, evenly spread over the classes (found as the pipeline does)."""
+    """Encoded files and labels of `count` images, drawn at random; found as the pipeline does."""
     _, folder = resolve("cifar10", Path.cwd())
     with ExitStack() as resources:
         source = read_cifar10(Path(folder), resources)

@@ -74,7 +74,7 @@ def run(rounds: int = 5) -> str:
             low, high = (factor * bound for bound in found.spread("loader", precision))
             reached = "yes" if value >= GOAL else "no"
             lines.append(
-                f"| {case.title()}, {precision}; JPEG {size} | {value:.1f} | {low:.1f}–{high:.1f} | ≥ {GOAL:g} | {reached} |"
+                f"| {case.title()}, {precision}; JPEG {size} | {value:.1f} | {low:.1f}–{high:.1f} | ≥ {GOAL:g} | {reached} |"  # noqa: E501
             )
     text = f"# Data path\n\n{machine}\n\n" + "\n".join(lines) + "\n"
     files.write_text(RESULTS, text)

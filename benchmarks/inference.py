@@ -77,7 +77,7 @@ def run(rounds: int = 7, steps: int = 150) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path, small = Path(folder) / "model.onnx", Path(folder) / "int8.onnx"
         export_onnx(
-            WithFeatures(model), path, image_size=SIDE, opset=20, max_batch=1024, metadata=metadata(preprocessing(SIDE), tuple(map(str, range(CLASSES)))),
+            WithFeatures(model), path, image_size=SIDE, opset=20, max_batch=1024, metadata=metadata(preprocessing(SIDE), tuple(map(str, range(CLASSES)))),  # noqa: E501
             outputs=("logits", "features"),
         )  # fmt: skip
         onnx.save(quantize(path, train_images[:128].numpy()), small)
@@ -125,7 +125,7 @@ def run(rounds: int = 7, steps: int = 150) -> str:
         shown = "" if goal is None else f"≥ {goal:g}"
         lines.append(f"| {title} | {value:.2f} | {low:.2f}–{high:.2f} | {shown} | {verdict} |")
     lost = scores["fp32"] - scores["int8"]
-    lines += ["", f"Test top-1: fp32 {scores['fp32']:.2f} %, int8 {scores['int8']:.2f} %: {lost:.2f} points lost "
+    lines += ["", f"Test top-1: fp32 {scores['fp32']:.2f} %, int8 {scores['int8']:.2f} %: {lost:.2f} points lost "  # noqa: E501
               f"(goal: at most {MAX_LOSS_POINTS}; one image is {100 / IMAGES:.2f})."]  # fmt: skip
     setting = f"swin_v2_tiny, {SIDE} px, window {WINDOW}, batch {BATCH}; {steps} training steps"
     text = f"# Inference\n\n{machine}\n\n{setting}\n\n" + "\n".join(lines) + "\n"

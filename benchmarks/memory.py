@@ -87,7 +87,7 @@ def train_few(row: Row) -> dict[str, float]:
     choice = row.choice
     raw = params.read(Path("params.yaml"))
     change = {
-        "batch_size": choice.micro_batch * choice.devices, "processes": choice.devices, "precision": row.precision,
+        "batch_size": choice.micro_batch * choice.devices, "processes": choice.devices, "precision": row.precision,  # noqa: E501
         "zero_stage": choice.zero_stage, "zero_offload": choice.zero_offload, "accumulation": 1,
     }  # fmt: skip
     overlaid = params.overlay(raw, {"pretrain": {"training": change}}, "benchmark")
@@ -202,7 +202,7 @@ def run(names: list[str] | None = None, model: str = "swin_v2_tiny", batch: int 
         rows = rows_for(model, 192, 12, batch, "fp32")
         chosen = {name: row for name, row in rows.items() if names is None or name in names}
         sections.append(
-            f"## {model}, 192 px, window 12, fp32; batch {batch} in one process, 1 in each of two\n\n{table(chosen)}"
+            f"## {model}, 192 px, window 12, fp32; batch {batch}, or 1 in each of two processes\n\n{table(chosen)}"  # noqa: E501
         )
     text = f"# Memory of a training step\n\n{machine}\n\n" + "\n\n".join(sections) + "\n"
     files.write_text(RESULTS, text)

@@ -26,6 +26,8 @@ BUCKET_ELEMENTS = 200_000_000
 """Largest communication buffer, as `flows.training.distributed` sets it; two of them are in use at once."""
 RESERVE = 0.06
 """Of what a device holds, for the allocator's gaps and the libraries' own buffers (measured: 2-5 %)."""
+ALL_STAGES = 4
+"""So many recomputed stages mean all, also where there are fewer."""
 ELEMENT = {"fp32": 4, "bf16": 2}
 
 
@@ -136,7 +138,9 @@ def trace(network: Network, choice: Choice) -> Activations:
             network.backbone,
             image_size=network.image_size,
             window_size=network.window_size,
-            activation_checkpointing=choice.checkpointed_stages,
+            activation_checkpointing=choice.checkpointed_stages
+            if choice.checkpointed_stages < ALL_STAGES
+            else True,
             attention_chunk=choice.attention_chunk,
         )
         if not isinstance(backbone, Swin):
