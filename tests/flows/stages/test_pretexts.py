@@ -36,7 +36,8 @@ MOBY = {"queue_size": 64, "hidden_dim": 32, "key_dim": 16, "source_size": 16, "d
 
 
 def moby(**training: Any) -> dict[str, Any]:
-    settings = {"pretext": "moby", "moby": MOBY, "training": {**TRAINING, **training}}
+    training = {**TRAINING, **training}
+    settings = {"pretext": "moby", "moby": MOBY, "picture_images": 2, "training": training}
     return {"pretrain": settings, "knn": {"images": 100}}
 
 
