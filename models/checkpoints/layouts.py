@@ -132,10 +132,11 @@ def _choose(tensors: Mapping[str, Tensor]) -> tuple[str, Callable[[str], str]]:
             return "timm", _from_timm
         return "official", _old_names
     found = [name for name in tensors if name.endswith((_OFFICIAL_MARK, _TRANSFORMERS_MARK))]
-    hint = f" (there is {listed(found)}, under a prefix that no release uses)" if found else ""
+    hint = f"only {listed(found)} is there, under an unknown prefix" if found else "it is missing"
     raise CheckpointError(
         "the names are of no known layout (ours, official, timm, transformers, torchvision; Swin, Swin V2, "
-        f"ViT, DeiT){hint}; the first are: {listed(sorted(tensors))}."
+        f"ViT, DeiT), which are told by {_OFFICIAL_MARK}: {hint}; the first names are "
+        f"{listed(sorted(tensors))}."
     )
 
 
