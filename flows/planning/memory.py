@@ -25,7 +25,7 @@ from models.pretext.simmim import SimMIM
 BUCKET_ELEMENTS = 200_000_000
 """Largest communication buffer, as `flows.training.distributed` sets it; two of them are in use at once."""
 RESERVE = 0.06
-"""Of what a device holds, for the allocator's gaps and the libraries' own buffers (measured: 2-5 %)."""
+"""Of what a device holds, for gaps of the allocator and buffers of libraries: an allowance, not measured."""
 ALL_STAGES = 4
 """So many recomputed stages mean all, also where there are fewer."""
 ELEMENT = {"fp32": 4, "bf16": 2}
