@@ -138,6 +138,8 @@ def run_row(row: Row) -> dict[str, float]:
             **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
             "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": str(cores), "PYTHONWARNINGS": "ignore",
+            # every larger tensor is given back when it is freed: the resident size is what is in use
+            "MALLOC_MMAP_THRESHOLD_": "262144",
         }  # fmt: skip
         command = [sys.executable, "-m", "benchmarks.memory", "--child", json.dumps(asdict(row))]
         children.append(

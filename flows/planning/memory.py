@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -128,7 +128,8 @@ def count_saved(model: nn.Module, places: list[nn.Module]) -> Iterator[list[floa
 
 
 def trace(network: Network, choice: Choice) -> Activations:
-    """Run SimMIM with this backbone on the meta device, on one image and on two.
+    """Run SimMIM with this backbone on the meta device, on one image and on two; where stages are recomputed,
+    once more without, because what a block keeps is then needed while the block is in turn.
 
     Raises:
         ValueError: the backbone is unknown or its sizes do not fit one another.
@@ -151,6 +152,7 @@ def trace(network: Network, choice: Choice) -> Activations:
     stages = cast("list[Stage]", list(backbone.layers))
     one, two = (_saved_by(model, stages, batch) for batch in (1, 2))
     kept = [(b - a, 2 * a - b) for a, b in zip(one, two, strict=True)]
+    plain = trace(network, replace(choice, checkpointed_stages=0)) if choice.checkpointed_stages else None
     element = ELEMENT[network.precision]
     work = []
     side = -(-network.image_size // backbone.patch_size)
@@ -165,7 +167,8 @@ def trace(network: Network, choice: Choice) -> Activations:
             logits *= min(1.0, choice.attention_chunk / windows) * 4 / element  # chunks keep fp32
         backward = 2 * logits + 6 * padded * dim * 4 + 8 * tokens * dim * element
         if stage.activation_checkpointing:  # each block keeps its input, and one block is computed again
-            whole = 16 * tokens * dim * element + logits
+            assert plain is not None
+            whole = plain.kept[index + 1][0] / len(stage.blocks)
             image, fixed = kept[index + 1]
             kept[index + 1] = (image + len(stage.blocks) * tokens * dim * element, fixed)
             backward += whole
