@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 
-PARTS = {"train_step": 240, "inference": 180, "data_path": 120, "memory": 300}
+PARTS = {"train_step": 300, "inference": 400, "data_path": 200, "memory": 500}
 """Seconds that a part may take at most, on two cores without other work far less."""
 
 

@@ -65,9 +65,14 @@ class Footprint:
     workspace: float
 
     @property
-    def total(self) -> float:
+    def in_use(self) -> float:
         parts = self.weights + self.gradients + self.states + self.buffers
-        return (parts + self.activations + self.workspace) * (1.0 + RESERVE)
+        return parts + self.activations + self.workspace
+
+    @property
+    def total(self) -> float:
+        """With the reserve."""
+        return self.in_use * (1.0 + RESERVE)
 
 
 @dataclass(frozen=True)
@@ -165,7 +170,8 @@ def trace(network: Network, choice: Choice) -> Activations:
         if choice.attention_chunk and index < 2:
             windows = padded // window**2
             logits *= min(1.0, choice.attention_chunk / windows) * 4 / element  # chunks keep fp32
-        backward = 2 * logits + 6 * padded * dim * 4 + 8 * tokens * dim * element
+        # gradients within the attention, or within the MLP, whose saved tensors are gone by then
+        backward = max(2 * logits + 6 * padded * dim * 4, 8.0 * tokens * dim * element)
         if stage.activation_checkpointing:  # each block keeps its input, and one block is computed again
             assert plain is not None
             whole = plain.kept[index + 1][0] / len(stage.blocks)
