@@ -23,7 +23,7 @@ from models.backbones.swin import Stage, Swin, SwinBlock
 from models.pretext.simmim import SimMIM
 
 BUCKET_ELEMENTS = 200_000_000
-"""Largest communication buffer, as `flows.training.distributed` sets it; two of them are in use at once."""
+"""Largest communication buffer, as `flows.training.distributed` sets it."""
 RESERVE = 0.06
 """Of what a device holds, for gaps of the allocator and buffers of libraries: an allowance, not measured."""
 ALL_STAGES = 4
@@ -201,19 +201,20 @@ def footprint(network: Network, choice: Choice, activations: Activations) -> Foo
     element, count, shards = ELEMENT[network.precision], activations.parameters, choice.devices
     stage = max(choice.zero_stage, 1) if network.precision == "bf16" else choice.zero_stage
     weights, gradients = float(element * count), float(element * count)
+    # ZeRO keeps a copy of the weights of its shard, also where they are fp32 already
     states = 8.0 * count + (4.0 * count if network.precision == "bf16" or stage > 0 else 0.0)
-    buffers = 0.0
+    # one communication buffer where there is someone to talk to
+    buffers = element * float(min(count, BUCKET_ELEMENTS)) if shards > 1 else 0.0
     if stage >= 1:
         states /= shards
-        # the shard's gradient in fp32, and two communication buffers where there is someone to talk to
+    if network.precision == "bf16":  # the shard's gradient in fp32
         buffers += 4.0 * count / shards
-        buffers += 2.0 * element * min(count, BUCKET_ELEMENTS) if shards > 1 else 0.0
     if stage >= 2:
         gradients /= shards
     if stage == 3:
         weights = weights / shards + 2.0 * element * activations.largest_block
     if choice.zero_offload != "none":
-        states, buffers = 0.0, buffers - 4.0 * count / shards
+        states, buffers = 0.0, buffers - (4.0 * count / shards if network.precision == "bf16" else 0.0)
     if choice.zero_offload == "parameters":
         weights = 2.0 * element * activations.largest_block
     kept = [choice.micro_batch * image + fixed for image, fixed in activations.kept]
