@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,14 @@ def no_inherited_store() -> Iterator[None]:
             patched.setenv(name, "")  # first set, so that whatever a test leaves is undone
             patched.delenv(name)
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def denormal_numbers() -> Iterator[None]:
+    """Training in a test's process flushes them to zero, which Hypothesis refuses to work with."""
+    yield
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_flush_denormal(False)
 
 
 @pytest.fixture

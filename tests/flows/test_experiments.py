@@ -84,7 +84,7 @@ def test_a_point_is_shown_and_applied(clone: Path) -> None:
     dvc(clone, "exp", "apply", "mine-1")
     text = (clone / "params.yaml").read_text()
     assert params.load(clone / "params.yaml") == place.params
-    assert "# fraction of squares hidden" in text, "comments stay"
+    assert "fraction of squares hidden" in text, "comments stay"
     assert (clone / "artifacts/parity/result.txt").read_text() == "parity\n"
     assert "didn't change" in dvc(clone, "repro", "parity")
     assert tiny_clone.executed(clone) == ran, "everything came from the cache"

@@ -52,7 +52,7 @@ def test_both_pages_answer_until_a_signal(home: Path) -> None:
         family += family[0].children(recursive=True)
         assert len(family) >= 3
         process.send_signal(signal.SIGINT)
-        said, _ = process.communicate(timeout=60)
+        said, _ = process.communicate(timeout=PATIENCE_S)
     finally:
         alive = psutil.wait_procs(family, timeout=10)[1]
         for left in alive:
