@@ -44,6 +44,8 @@ def test_both_pages_answer_until_a_signal(home: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        # a suite that was started in the background inherits SIGINT as ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     family = [psutil.Process(process.pid)]
     try:
