@@ -5,7 +5,7 @@
 # make up             servers, deployments and a worker in the background: schedules run     make down   ends them
 # make sweep          many settings, several at once: FILE=name in recipes/sweeps or path
 # make ui             Prefect and MLflow pages of what ran      make serve   the champion over HTTP
-# Variables of run: DATASET=digits|cifar10|path/to/folder  RECIPE=name  SET="key=value key=value"  SMOKE=1 (a minute's try)
+# Variables of run: DATASET=digits|cifar10|path/to/folder  RECIPE=name  SET="key=value key=value"  SMOKE=1 (a shrunken try)
 
 PYTHON ?= python3
 VENV ?= .venv

@@ -33,7 +33,7 @@ def run(
     recipe: Annotated[str, typer.Option(help="name in recipes/ or path of an overlay of params.yaml")] = "",
     set_: Annotated[list[str], typer.Option("--set", help="key=value, may be repeated")] = [],  # noqa: B006
     smoke: Annotated[
-        bool, typer.Option("--smoke", help="a minute's shrunken version, recipes/smoke.yaml; not promoted")
+        bool, typer.Option("--smoke", help="a shrunken version, recipes/smoke.yaml; not promoted")
     ] = False,
 ) -> None:
     """Run the whole pipeline: DVC stages, registration, promotion, smoke test, report."""
