@@ -23,6 +23,7 @@ EXPORT = Path("artifacts/export")
 PARITY = Path("artifacts/parity")
 METRICS = Path("artifacts/metrics")
 RECEIPTS = Path("artifacts/receipts")
+STUDY = Path("artifacts/study")
 REPORT = Path("artifacts/report.html")
 
 _INNER = (".trunkline/workspaces/", ".dvc/tmp/exps/")

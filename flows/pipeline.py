@@ -47,6 +47,7 @@ from flows.tracking import MlflowRun  # noqa: E402
 environment.hide_traces_of_mistakes()
 REGISTERED_EVENT = "trunkline.challenger.registered"
 CONTROL = ("finetune@scratch", "evaluate@scratch")
+NOT_OF_A_RUN = ("study",)  # analyses a table of many runs
 LABELS_NEEDED = ("finetune", "evaluate", "export", "parity")
 
 
@@ -143,6 +144,8 @@ def _run_stages(params: Params, root: Path, run: MlflowRun) -> list[dict[str, An
     with runner:
         try:
             for info in dvc_stage.read_graph(root):
+                if info.family in NOT_OF_A_RUN:
+                    continue
                 if info.family in LABELS_NEEDED and not _is_labelled(futures, root):
                     continue
                 if info.name in CONTROL and not params.pipeline.control:

@@ -19,12 +19,14 @@ import argparse
 import functools
 import json
 import os
+import resource
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NoReturn
 
 import psutil
@@ -139,8 +141,25 @@ def _write_receipt(stage: Stage, duration_s: float) -> None:
             "git": tracking.git_commit(),
             "duration_s": round(duration_s, 3),
             "device_hours": round(stage.device_hours or duration_s / 3600, 6),
+            **peak_memory(),
         },
     )
+
+
+def peak_memory() -> dict[str, int]:
+    """Bytes that this process has held at most: `peak_memory_bytes` of main memory, and on a GPU
+    `peak_gpu_memory_bytes`. Of several training processes it is that of the first."""
+    try:  # what getrusage says may be that of the process which started this one
+        lines = Path("/proc/self/status").read_text().splitlines()
+        resident = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        unit = 1 if sys.platform == "darwin" else 1024
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    found = {"peak_memory_bytes": resident}
+    torch = sys.modules.get("torch")  # a stage that computes nothing has not imported it
+    if torch is not None and torch.cuda.is_available() and (peak := torch.cuda.max_memory_allocated()):
+        found["peak_gpu_memory_bytes"] = int(peak)
+    return found
 
 
 def _watch_signals(stage: Stage, stops_itself: bool) -> None:

@@ -13,7 +13,8 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -81,25 +82,35 @@ def sweep(file: str, parallel: int = 0, retry_failed: bool = False) -> dict[str,
     """
     retries.stopping.clear()
     planned = prepare(file, parallel)
+    with open_run(planned) as (settings, run):
+        board = Board(planned, settings, run, retry_failed)
+        run_points(board)
+        return board.write()
+
+
+@contextmanager
+def open_run(planned: PlannedSweep) -> Iterator[tuple[Params, MlflowRun]]:
+    """Keep others out of the folder; the MLflow run that earlier attempts began, and the clone's params."""
     settings = params.load(paths.home() / "params.yaml")
     planned.folder.mkdir(parents=True, exist_ok=True)
     name = planned.folder.name
+    tags = {f"trunkline.{planned.kind}": name, "trunkline.metric": planned.file.metric}
     with workspace.alone_in(planned.folder):
-        tags = {"trunkline.sweep": name, "trunkline.metric": planned.file.metric}
-        earlier = tracking.find_run(
-            settings, "sweep", {"trunkline.sweep": name, "trunkline.metric": planned.file.metric}
-        )
-        with tracking.continued_run(settings, "sweep", name, tags, earlier) as run:
+        earlier = tracking.find_run(settings, planned.kind, tags)
+        with tracking.continued_run(settings, planned.kind, name, tags, earlier) as run:
             tracking.close_abandoned_runs(settings, run.run_id)
-            board = Board(planned, settings, run, retry_failed)
-            try:
-                _work(board)
-            except BaseException:
-                board.stop()
-                tracking.close_abandoned_runs(settings, run.run_id)
-                board.write()
-                raise
-            return board.write()
+            yield settings, run
+
+
+def run_points(board: Board) -> None:
+    """All that is to be done; interrupted, what has come so far is written."""
+    try:
+        _work(board)
+    except BaseException:
+        board.stop()
+        tracking.close_abandoned_runs(board.params, board.run.run_id)
+        board.write()
+        raise
 
 
 # ------------------------------------------------------------------------------------------ order
@@ -236,10 +247,14 @@ class Board:
 
     def begin(self) -> None:
         self.log.info(
-            "sweep %s: %d points, %d known before", self.planned.folder, len(self.rows), len(self.known)
+            "%s %s: %d points, %d known before",
+            self.planned.kind,
+            self.planned.folder,
+            len(self.rows),
+            len(self.known),
         )
         self.progress = create_progress_artifact(
-            self._fraction(), key="sweep", description="Points that have ended"
+            self._fraction(), key=self.planned.kind, description="Points that have ended"
         )
 
     def is_wanted(self, unit: Unit) -> bool:
@@ -271,7 +286,7 @@ class Board:
         )
         self.log.info("%s %s: %s (%s)", row.name, row.status, what, results.describe(row.settings))
         self.log.info("%s", self.progress_line())
-        self._write_files(final=False)
+        self.write_files(final=False)
         update_progress_artifact(self.progress, self._fraction())
 
     def _keep(self, point: Point) -> Row:
@@ -304,7 +319,7 @@ class Board:
 
     def write(self) -> dict[str, Any]:
         """All files of the sweep's folder, the tables in Prefect and MLflow; the summary."""
-        written = self._write_files(final=True)
+        written = self.write_files(final=True)
         for path in written:
             self.run.log_artifact(path)
         best = results.rank(list(self.rows.values()), self.planned.file)[0]
@@ -323,7 +338,7 @@ class Board:
             for row in results.rank(list(self.rows.values()), self.planned.file)
         ]
         create_table_artifact(
-            table, key="sweep-points", description=f"{self.planned.folder.name}, best first"
+            table, key=f"{self.planned.kind}-points", description=f"{self.planned.folder.name}, best first"
         )
         return {
             "folder": str(self.planned.folder),
@@ -334,7 +349,8 @@ class Board:
             "run_id": self.run.run_id,
         }
 
-    def _write_files(self, final: bool) -> list[Path]:
+    def write_files(self, final: bool) -> list[Path]:
+        """After every point, and with the pictures in the end."""
         return write_results(self.planned, list(self.rows.values()), self.run.run_id, pictures=final)
 
 

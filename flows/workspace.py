@@ -121,6 +121,8 @@ def locate(values: dict[str, Any], checked: Params, hint: str) -> Workspace:
     """Where `values` run, also when they are the clone's own; `populate` makes the folder."""
     base = params.flatten(params.read(paths.home() / "params.yaml"))
     changed = {key: value for key, value in params.flatten(values).items() if base.get(key) != value}
+    # what a study asks for does not change the runs it asks
+    changed = {key: value for key, value in changed.items() if not key.startswith("study.")}
     settings = tuple(f"{key}={json.dumps(value)}" for key, value in changed.items())
     return Workspace(paths.workspaces() / _name(changed, hint, checked), checked, settings)
 

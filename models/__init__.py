@@ -21,6 +21,8 @@ BACKBONES: dict[str, SwinV1Size | SwinV2Size | ViTSize] = {
     # For images of about 32 pixels.
     "swin_v2_pico": SwinV2Size(64, (2, 4), (2, 4)),
     "swin_v2_nano": SwinV2Size(64, (2, 4, 2), (2, 4, 8)),
+    "swin_v2_femto": SwinV2Size(32, (2, 4), (1, 2)),  # a quarter of pico's parameters
+    "swin_v2_atto": SwinV2Size(16, (2, 4), (1, 2)),  # a quarter of femto's
     # Heads are embed_dim / 32 in the first stage and double from stage to stage for every published size.
     # Table 1 of arXiv 2111.09883: T, S, B, L.
     "swin_v2_tiny": SwinV2Size(96, (2, 2, 6, 2), (3, 6, 12, 24)),

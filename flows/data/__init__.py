@@ -19,7 +19,7 @@ from flows.data.manifest import Manifest
 from flows.data.manifest import load as load_manifest
 from flows.data.mixing import mix
 from flows.data.rand_augment import RandAugment
-from flows.data.subsets import load_subset
+from flows.data.subsets import load_smallest_subset, load_subset
 
 __all__ = [
     "Augmentation",
@@ -31,6 +31,7 @@ __all__ = [
     "eval_batches",
     "even_eval_batches",
     "load_manifest",
+    "load_smallest_subset",
     "load_subset",
     "mix",
     "preprocessing_for",

@@ -25,7 +25,7 @@ from flows.errors import DataError
 from flows.imaging import Preprocessing
 from flows.params import Model
 
-_ORDER, _AUGMENT = 1, 2  # separate random streams under one seed
+_ORDER, _AUGMENT, _EVALUATE = 1, 2, 3  # separate random streams under one seed
 
 
 @dataclass(frozen=True)
@@ -170,22 +170,43 @@ def _batch(
 
 
 def eval_batches(
-    dataset: ImageDataset, preprocessing: Preprocessing, batch_size: int, rank: int = 0, world_size: int = 1
+    dataset: ImageDataset,
+    preprocessing: Preprocessing,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    transform: ImageTransform | None = None,
 ) -> Iterator[Batch]:
     """Every image once over all ranks, resized and cropped as the server does; the last batch may be smaller.
 
     Ranks take every `world_size`-th image, so their numbers of images, and of batches, may differ by one.
+
+    Args:
+        transform: prepares the images instead, each with the chance that belongs to its row in every run.
     """
+    if transform is not None:
+
+        def prepare(i: int) -> NDArray[np.uint8]:
+            return transform(dataset.image(i), _generator(0, _EVALUATE, int(dataset.rows[i])))
+    else:
+
+        def prepare(i: int) -> NDArray[np.uint8]:
+            return imaging.resize_and_crop(dataset.image(i), preprocessing)
+
     mine = list(range(rank, len(dataset), world_size))
     for start in range(0, len(mine), batch_size):
         chosen = mine[start : start + batch_size]
-        crops = [imaging.resize_and_crop(dataset.image(i), preprocessing) for i in chosen]
-        images = np.ascontiguousarray(np.stack(crops).transpose(0, 3, 1, 2))
+        images = np.ascontiguousarray(np.stack([prepare(i) for i in chosen]).transpose(0, 3, 1, 2))
         yield _batch(dataset, images, np.asarray(chosen, dtype=np.int64), chosen)
 
 
 def even_eval_batches(
-    dataset: ImageDataset, preprocessing: Preprocessing, batch_size: int, rank: int, world_size: int
+    dataset: ImageDataset,
+    preprocessing: Preprocessing,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    transform: ImageTransform | None = None,
 ) -> Iterator[tuple[Batch, float]]:
     """`eval_batches` with equally many batches on every rank, each with its weight: 1, or 0 for a filler.
 
@@ -194,7 +215,7 @@ def even_eval_batches(
     """
     largest_share = -(-len(dataset) // world_size)
     rounds = -(-largest_share // batch_size)
-    batches = eval_batches(dataset, preprocessing, batch_size, rank, world_size)
+    batches = eval_batches(dataset, preprocessing, batch_size, rank, world_size, transform)
     filler: Batch | None = None
     for _ in range(rounds):
         batch = next(batches, None)

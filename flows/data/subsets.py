@@ -112,13 +112,7 @@ def load_subset(folder: Path, percentage: int) -> list[int]:
         DataError: the subset does not exist or its file does not have the recorded hash.
     """
     path = folder / FILE_NAME
-    try:
-        summary = Subsets.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist; run `dvc repro scale` first") from None
-    except ValidationError as error:
-        raise DataError(f"{path} is damaged: {error.errors()[0]['msg']}; run scale again") from None
-    found = {subset.percentage: subset for subset in summary.subsets}
+    found = {subset.percentage: subset for subset in read_summary(folder).subsets}
     if percentage not in found:
         raise DataError(
             f"{path} has no subset of {percentage} %, only {sorted(found)}; see scale.percentages"
@@ -131,3 +125,26 @@ def load_subset(folder: Path, percentage: int) -> list[int]:
     if hashlib.sha256(content).hexdigest() != found[percentage].sha256:
         raise DataError(f"{file} is damaged (its sha256 differs from {FILE_NAME}); run scale again")
     return [int(line) for line in content.split()]
+
+
+def load_smallest_subset(folder: Path) -> list[int]:
+    """The images that are in every subset.
+
+    Raises:
+        DataError: as `load_subset`.
+    """
+    return load_subset(folder, min(subset.percentage for subset in read_summary(folder).subsets))
+
+
+def read_summary(folder: Path) -> Subsets:
+    """
+    Raises:
+        DataError: there is none, or it is damaged.
+    """
+    path = folder / FILE_NAME
+    try:
+        return Subsets.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist; run `dvc repro scale` first") from None
+    except ValidationError as error:
+        raise DataError(f"{path} is damaged: {error.errors()[0]['msg']}; run scale again") from None

@@ -33,6 +33,8 @@ from flows.params.operation import (
     Rollout,
     Serve,
     Services,
+    Study,
+    StudyAnalysis,
     Sweep,
     Tracking,
 )
@@ -67,6 +69,8 @@ __all__ = [
     "Serve",
     "Services",
     "SimMIMPretext",
+    "Study",
+    "StudyAnalysis",
     "Sweep",
     "Tracking",
     "Training",

@@ -186,6 +186,7 @@ class Pretrain(Section):
     flip: bool
     drop_path: HalfOpenFraction
     picture_images: Positive
+    extra_losses: bool
     initialize_from: str
     continue_from: str
     moby: MoBYPretext
@@ -195,6 +196,12 @@ class Pretrain(Section):
     def _odd_window(self) -> Self:
         if self.normalize_target and self.normalize_target % 2 == 0:
             raise ValueError(f"normalize_target must be 0 or odd, got {self.normalize_target}")
+        return self
+
+    @model_validator(mode="after")
+    def _extra_losses_are_known(self) -> Self:
+        if self.extra_losses and self.pretext == "moby":
+            raise ValueError("extra_losses are those of pretext simmim; set it to false for moby")
         return self
 
     @model_validator(mode="after")

@@ -9,8 +9,10 @@ from pydantic import Field, model_validator
 from flows.params.fields import (
     Count,
     Fraction,
+    HalfOpenFraction,
     NonNegative,
     OpenFraction,
+    Percentage,
     Positive,
     Providers,
     Section,
@@ -187,6 +189,47 @@ class Pipeline(Section):
     parallel_stages: Positive
     retries: Count
     smoke_images: Positive
+
+
+class StudyAnalysis(Section):
+    """What the stage `study` makes of a table of cells."""
+
+    resamples: Annotated[int, Field(ge=100)]
+    confidence: OpenFraction
+    seed: Count
+    budget_flops: NonNegative
+    images: Count
+
+
+class Study(Section):
+    """The grid of a data-scaling study, and how its table is analysed."""
+
+    models: Annotated[list[str], Field(min_length=1)]
+    percentages: Annotated[list[Percentage], Field(min_length=1)]
+    steps: Annotated[list[Positive], Field(min_length=1)]
+    seeds: Annotated[list[Count], Field(min_length=1)]
+    leave_out: list[Annotated[tuple[str, Percentage], Field(strict=False)]]
+    warmup_fraction: HalfOpenFraction
+    metric: Annotated[str, Field(pattern=r"^([\w-]+\.[\w.-]+)?$")]
+    extra_losses: bool
+    corpus: str
+    cells: Annotated[str, Field(min_length=1)]
+    analysis: StudyAnalysis
+
+    @model_validator(mode="after")
+    def _nothing_twice(self) -> Self:
+        for name in ("models", "percentages", "steps", "seeds"):
+            values = getattr(self, name)
+            if len(set(values)) != len(values):
+                raise ValueError(f"{name} must not repeat, got {values}")
+        return self
+
+    @model_validator(mode="after")
+    def _leaves_out_what_is_there(self) -> Self:
+        for model, percentage in self.leave_out:
+            if model not in self.models or percentage not in self.percentages:
+                raise ValueError(f"leave_out names [{model}, {percentage}], which is not in the grid")
+        return self
 
 
 class Sweep(Section):

@@ -32,6 +32,7 @@ from flows.params.operation import (
     Rollout,
     Serve,
     Services,
+    Study,
     Sweep,
     Tracking,
 )
@@ -60,6 +61,7 @@ class Params(Section):
     services: Services
     pipeline: Pipeline
     sweep: Sweep
+    study: Study
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:

@@ -43,6 +43,16 @@ class Pretext(ABC):
     def loss_on(self, images: ImageDataset, engine: Any) -> float:
         """Of all `images`, in eval mode, on all processes; chance depends on each image's row alone."""
 
+    def extra_losses(self, images: ImageDataset, trained_on: ImageDataset, engine: Any) -> dict[str, float]:
+        """Further losses that a study of data scaling compares, like `loss_on`; called where
+        `pretrain.extra_losses` is on.
+
+        Args:
+            images: the validation split.
+            trained_on: training images that every subset has.
+        """
+        return {}
+
     @abstractmethod
     def describe(self) -> dict[str, Any]:
         """What config.json says of it beside model, preprocessing and data."""
@@ -85,11 +95,12 @@ class Pretext(ABC):
             pretraining=True,
         )
 
-    def eval_batches(self, images: ImageDataset) -> Iterator[tuple[Batch, float]]:
+    def eval_batches(
+        self, images: ImageDataset, transform: ImageTransform | None = None
+    ) -> Iterator[tuple[Batch, float]]:
         """This process's share, on the device; see `even_eval_batches`."""
-        return even_eval_batches(
-            images, self.preprocessing, self.micro_batch, self.processes.rank, self.processes.world_size
-        )
+        rank, world_size = self.processes.rank, self.processes.world_size
+        return even_eval_batches(images, self.preprocessing, self.micro_batch, rank, world_size, transform)
 
     def normalized(self, batch: Batch) -> torch.Tensor:
         images = batch.images.to(self.processes.device)

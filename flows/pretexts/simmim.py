@@ -1,8 +1,9 @@
 """SimMIM (arXiv 2111.09886): paint in the hidden squares of an image.
 
 The validation loss is the error summed over all masked pixels of the validation split, divided by their
-number, in eval mode, on centre crops, with masks seeded by the image: the same for every model (data scaling
-study).
+number, in fp32 and eval mode, on centre crops, with masks seeded by the image: the same for every model,
+subset, length and batch size (data scaling study). How much its absolute value depends on these choices is
+what `extra_losses` tells.
 """
 
 from __future__ import annotations
@@ -13,16 +14,19 @@ import torch
 import torch.nn.functional as F
 
 from flows import plots
-from flows.data import Augmentation, Batch, ImageDataset, to_model_input
+from flows.data import Augmentation, Batch, ImageDataset, ImageTransform, to_model_input
 from flows.imaging import Preprocessing
 from flows.params import Params
 from flows.pretexts.interface import Pretext
 from flows.training import Processes
+from models.backbones.layers import DropPath
 from models.pretext.masks import average_distance, masks_from_ids, upsample_masks
 from models.pretext.simmim import SimMIM, normalize_targets
 
 MASK_STREAM_BIT = 40
 """Masks are drawn by number: in the validation split that of the row, in training numbers above this bit."""
+NOISE_SEED = 2**33
+"""Of the drop path in `extra_losses`: the same in every run with the same batch size."""
 DISTANCE_MASKS = 64
 """Of the validation split, whose mean AvgDist is logged."""
 
@@ -53,14 +57,36 @@ class SimMIMPretext(Pretext):
         value: torch.Tensor = engine(self.normalized(batch), masks).loss
         return value
 
-    def loss_on(self, images: ImageDataset, engine: Any) -> float:
+    def loss_on(self, images: ImageDataset, engine: Any, transform: ImageTransform | None = None) -> float:
+        """
+        Args:
+            transform: prepares the images instead of the centre crop, seeded by the image.
+        """
         total = masked = 0.0
-        for batch, weight in self.eval_batches(images):
+        for batch, weight in self.eval_batches(images, transform):
             output = engine(self.normalized(batch), self._masks(batch.rows))
             total += weight * float(output.loss_sum)
             masked += weight * float(output.masked_pixels)
         total, masked = self.processes.sum([total, masked])
         return total / masked
+
+    def extra_losses(self, images: ImageDataset, trained_on: ImageDataset, engine: Any) -> dict[str, float]:
+        """The validation loss with drop path on, the one on random crops as in training, and the loss of
+        images that were trained on, prepared like those of validation: `train_loss` is the mean over changing
+        weights, crops and masks and cannot be compared with `val_loss`."""
+        drop_paths = [module for module in self.model.modules() if isinstance(module, DropPath)]
+        with torch.random.fork_rng():
+            torch.manual_seed(NOISE_SEED + self.processes.rank)
+            for module in drop_paths:
+                module.train()
+            dropped = self.loss_on(images, engine)
+            for module in drop_paths:
+                module.eval()
+        return {
+            "val_loss_drop_path": dropped,
+            "val_loss_crops": self.loss_on(images, engine, self.transform),
+            "train_loss_eval": self.loss_on(trained_on, engine),
+        }
 
     def _masks(self, ids: torch.Tensor) -> torch.Tensor:
         return self._draw_masks(ids).to(self.processes.device)

@@ -20,6 +20,7 @@ from flows.data import (
     ImageDataset,
     Manifest,
     load_manifest,
+    load_smallest_subset,
     load_subset,
     preprocessing_for,
     train_batches,
@@ -51,6 +52,7 @@ SOURCES = [
     Path("models"),
 ]
 PICTURE = "examples.png"
+EXTRA_LOSSES = ("val_loss_drop_path", "val_loss_crops", "train_loss_eval")
 
 
 def run(params: Params, stage: Stage) -> None:
@@ -68,6 +70,9 @@ def run(params: Params, stage: Stage) -> None:
     dataset = open_split("train", rows=load_subset(paths.SUBSETS, settings.subset))
     validation = open_split("val")
     probed = open_split("val", rows=range(min(training.batch_size, len(validation))))
+    # the same for every subset: a study compares their losses
+    common = load_smallest_subset(paths.SUBSETS) if settings.extra_losses else []
+    trained_on = open_split("train", rows=knn.choose_voters(common, len(validation)))
     voters = open_split("train", rows=knn.choose_voters(dataset.rows.tolist(), params.knn.images or 1))
 
     torch.manual_seed(params.seed)
@@ -93,6 +98,8 @@ def run(params: Params, stage: Stage) -> None:
 
     def validate(engine: Any) -> Row:
         row = {"val_loss": pretext.loss_on(validation, engine)}
+        if settings.extra_losses:
+            row |= pretext.extra_losses(validation, trained_on, engine)
         if manifest.classes and params.knn.images:
             known, queries = pretext.eval_batches(voters), pretext.eval_batches(validation)
             embedding, device = pretext.backbone.embedding, processes.device
@@ -180,7 +187,7 @@ def write_outputs(
         "steps": params.pretrain.training.steps,
         "images_seen": params.pretrain.training.steps * params.pretrain.training.batch_size,
         "train_loss": result.curves[-1]["train_loss"],
-        **{name: validated[name] for name in ("val_loss", "knn_top1") if name in validated},
+        **{name: validated[name] for name in ("val_loss", "knn_top1", *EXTRA_LOSSES) if name in validated},
         **measured,
     }
     files.write_json(paths.METRICS / "pretrain.json", metrics)

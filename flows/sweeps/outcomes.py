@@ -75,7 +75,7 @@ def _track(planned: PlannedSweep, point: Point, params: Params, run: MlflowRun, 
     lock = point.root / "dvc.lock"
     tags = {
         "mlflow.parentRunId": run.run_id,
-        "trunkline.sweep": planned.folder.name,
+        f"trunkline.{planned.kind}": planned.folder.name,
         "trunkline.point": point.name,
         "trunkline.workspace": str(point.root),
         "trunkline.status": row.status,
@@ -86,9 +86,9 @@ def _track(planned: PlannedSweep, point: Point, params: Params, run: MlflowRun, 
     }
     try:
         earlier = tracking.find_run(
-            params, "sweep", {"mlflow.parentRunId": run.run_id, "trunkline.point": point.name}
+            params, planned.kind, {"mlflow.parentRunId": run.run_id, "trunkline.point": point.name}
         )
-        with tracking.continued_run(params, "sweep", point.name, tags, earlier) as nested:
+        with tracking.continued_run(params, planned.kind, point.name, tags, earlier) as nested:
             nested.log_params(point.values)
             nested.log_metrics(row.metrics)
         tracking.client(params).set_terminated(

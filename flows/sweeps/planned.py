@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 from flows import dvc_stage, params, paths
 from flows.errors import ConfigError
@@ -29,6 +30,9 @@ class PlannedSweep:
     graph: Graph
     signatures: Mapping[str, Mapping[str, str]]
     """Of the possible points, by name."""
+
+    kind: ClassVar[str] = "sweep"
+    """What it is called in MLflow and Prefect."""
 
     @property
     def folder(self) -> Path:

@@ -1,0 +1,74 @@
+"""The commands `trunkline study …`: run a grid of pretrainings, analyse a table of them."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flows import paths
+from flows.errors import ConfigError, Interrupted, TrunklineError
+
+study_app = typer.Typer(
+    no_args_is_help=True, help="Data scaling: what data, model size and length are worth."
+)
+
+
+@study_app.command()
+def run(
+    dataset: Annotated[
+        str, typer.Option(help="digits, cifar10 or a folder of images; empty: as in params.yaml")
+    ] = "",
+    recipe: Annotated[str, typer.Option(help="name in recipes/ or path of an overlay of params.yaml")] = "",
+    set_: Annotated[list[str], typer.Option("--set", help="key=value, may be repeated")] = [],  # noqa: B006
+    parallel: Annotated[int, typer.Option(min=0, help="cells at once; 0: sweep.parallel of params.yaml")] = 0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print the grid, its cost and what each cell would run")
+    ] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="also cells that would fail in the same way again")
+    ] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="a failed cell makes the command fail")] = False,
+    table: Annotated[str, typer.Option(help="also write the table of cells to this CSV file")] = "",
+) -> None:
+    """Pretrain and finetune every cell of section `study`, then analyse the table; it can be continued."""
+    paths.workspace()
+    from flows.sweeps.study_cells import print_plan, print_results, refuse_failures
+    from flows.sweeps.study_grid import prepare_study
+
+    planned = prepare_study(dataset, recipe, set_, parallel)  # finds mistakes before a server is started
+    if dry_run:
+        print_plan(planned, retry_failed)
+        return
+    source = Path(planned.checked.ingest.source)
+    if not (source if source.is_absolute() else paths.home() / source).exists():
+        raise ConfigError(f"`ingest.source`: {source} does not exist")
+    from flows import workspace
+
+    workspace.require_writable()
+    from flows.study import study
+
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        summary = study(dataset, recipe, set_, parallel, retry_failed, table)
+    except KeyboardInterrupt:
+        raise Interrupted("stopped; the same command continues where it was") from None
+    rows = {point.name: planned.known_row(point) for point in planned.points}
+    print_results(planned, rows)
+    counts = ", ".join(f"{count} {status}" for status, count in summary["counts"].items() if count)
+    print(
+        f"cells    {counts}; {len(summary['known'])} known before, {len(summary['executed'])} stages executed"
+    )
+    for name in ("table", "page"):
+        if summary[name]:
+            print(f"{name:<8} {summary[name]}")
+    refuse_failures(summary["counts"], rows, strict)
+    if summary["analysis"]:
+        raise TrunklineError(f"the table is not analysed: {summary['analysis']}")
+
+
+def _interrupt(signum: int, frame: object) -> None:
+    """SIGTERM as Ctrl-C: the stage that runs writes a checkpoint, records are closed."""
+    raise KeyboardInterrupt
