@@ -17,12 +17,14 @@ import typer
 from flows import environment, params, paths
 from flows import services as background
 from flows.errors import ConfigError, GateFailed, Interrupted, TrunklineError, explain
+from flows.study_commands import study_app
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 serve_app = typer.Typer(no_args_is_help=True, help="Serve a registered model.")
 app.add_typer(serve_app, name="serve")
 plan_app = typer.Typer(no_args_is_help=True, help="Say beforehand what something needs.")
 app.add_typer(plan_app, name="plan")
+app.add_typer(study_app, name="study")
 
 
 @app.command()
