@@ -16,8 +16,8 @@ import typer
 
 from flows import environment, params, paths
 from flows import services as background
-from flows.cli_study import study_app
 from flows.errors import ConfigError, GateFailed, Interrupted, TrunklineError, explain
+from flows.study_commands import study_app
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 serve_app = typer.Typer(no_args_is_help=True, help="Serve a registered model.")

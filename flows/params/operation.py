@@ -194,11 +194,11 @@ class Pipeline(Section):
 class StudyAnalysis(Section):
     """What the stage `study` makes of a table of cells."""
 
-    resamples: Annotated[int, Field(ge=100)]
-    confidence: OpenFraction
-    seed: Count
-    budget_flops: NonNegative
+    budget: NonNegative
     images: Count
+    draws: Annotated[int, Field(ge=20, le=100_000)]
+    law_draws: Annotated[int, Field(ge=20, le=100_000)]
+    seed: Count
 
 
 class Study(Section):

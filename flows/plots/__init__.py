@@ -11,6 +11,7 @@ from flows.plots.evaluation import comparison, confusion, reliability
 from flows.plots.frame import COLOURS, GRID, INK, MUTED, SERIES, Format, format_duration
 from flows.plots.images import image_grid, triple_grid
 from flows.plots.speed import Latency, durations, error_histogram, latency
+from flows.plots.study import Group, Mark, Panel, study_lines, study_predictions, study_scatter, write_count
 from flows.plots.sweeps import FAILED_AT, CoordinateAxis, CoordinateLine, Coordinates, parallel_coordinates
 from flows.plots.traffic import CLIPPED, MAX_CLASSES, class_shares, distributions, effects, traffic_history
 from flows.plots.training import History, curve_panels, curves
@@ -28,8 +29,11 @@ __all__ = [
     "CoordinateLine",
     "Coordinates",
     "Format",
+    "Group",
     "History",
     "Latency",
+    "Mark",
+    "Panel",
     "class_shares",
     "comparison",
     "confusion",
@@ -44,6 +48,10 @@ __all__ = [
     "latency",
     "parallel_coordinates",
     "reliability",
+    "study_lines",
+    "study_predictions",
+    "study_scatter",
     "traffic_history",
     "triple_grid",
+    "write_count",
 ]
