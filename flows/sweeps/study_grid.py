@@ -22,9 +22,11 @@ from pydantic import ValidationError
 from flows import dvc_stage, params, paths, workspace
 from flows.errors import ConfigError
 from flows.params import Params
+from flows.studies import costs
 from flows.sweeps import plan
 from flows.sweeps.planned import PlannedSweep
 from flows.sweeps.points import Point, SweepFile, point_name
+from flows.sweeps.results import Row
 
 MODEL, SUBSET, STEPS = "model.backbone", "pretrain.subset", "pretrain.training.steps"
 WARMUP, SEED = "pretrain.training.warmup_steps", "seed"
@@ -53,6 +55,12 @@ class PlannedStudy(PlannedSweep):
         }
         digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
         return paths.workspaces() / f"study-{self.file.name}-{digest}"
+
+    def open_points(self, rows: Mapping[str, Row]) -> dict[str, Mapping[str, str]]:
+        """Dearest first: then the last cells to run are short ones, and no place waits long for the other."""
+        found = super().open_points(rows)
+        price = {point.name: costs.estimate(point.params).flops for point in self.points if point.params}
+        return {name: found[name] for name in sorted(found, key=lambda name: -price[name])}
 
     @property
     def corpus(self) -> str:
