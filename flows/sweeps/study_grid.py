@@ -80,7 +80,7 @@ def prepare_study(
     checked = params.check(base, "params.yaml with overrides")
     _check_grid(checked)
     file = _as_sweep(dataset, recipe, settings, checked)
-    sweep = params.load(home / "params.yaml").sweep
+    sweep = checked.sweep
     if parallel:
         sweep = sweep.model_copy(update={"parallel": parallel})
     points = [_point(base, chosen, recipe or dataset) for chosen in _combinations(checked)]
