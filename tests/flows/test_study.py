@@ -1,5 +1,5 @@
-"""The study flow on a clone of one-line stages: the grid, its table, missing cells alone after a kill, mistakes;
-and what a cell costs, counted by hand."""
+"""The study flow on a clone of one-line stages: the grid, its table, missing cells alone after a kill,
+mistakes; and what a cell costs, counted by hand."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ case $1 in
   ingest) folder=artifacts/data ;;
   scale) folder=artifacts/subsets; echo "$subsets" > artifacts/metrics/scale.json ;;
   pretrain) folder=artifacts/pretrain
-    echo "{\"val_loss\": $loss, \"train_loss\": 0.4, \"train_loss_eval\": 0.3}" > artifacts/metrics/pretrain.json ;;
+    echo "{\"val_loss\": $loss, \"train_loss\": 0.4, \"train_loss_eval\": 0.3}" > artifacts/metrics/$1.json ;;
   evaluate-*) folder=artifacts/evaluate/pretrained; echo '{"top1": 0.5}' > artifacts/metrics/$1.json ;;
   study) folder=artifacts/study ;;
 esac
@@ -234,8 +234,8 @@ def test_no_cell_with_a_result_is_an_error(clone: Path) -> None:
 # the first cell that starts waits; dies with the flow as real stages do
 SLOW = """
 if test "$subset $steps" = "100 40" && ! test -e "$TRUNKLINE_HOME/go"; then
-  while test $(wc -l < "$TRUNKLINE_HOME/all") -lt 99 && kill -0 $TRUNKLINE_FLOW_PID 2>/dev/null; do sleep 0.1; done
-  sleep 0.5; touch "$TRUNKLINE_HOME/saved"; exit 75
+  while kill -0 $TRUNKLINE_FLOW_PID 2>/dev/null; do sleep 0.1; done
+  exit 75
 fi
 """
 
@@ -262,14 +262,8 @@ def start(clone: Path) -> Iterator[Callable[[], subprocess.Popen[bytes]]]:
 def test_killed_in_the_middle_only_missing_cells_run(
     clone: Path, start: Callable[[], subprocess.Popen[bytes]]
 ) -> None:
-    text = (clone / "params.yaml").read_text()
-    (clone / "params.yaml").write_text(
-        text.replace("- swin_v2_atto\n", "").replace("leave_out:", "leave_out: []\nx:")
-    )
     values = params.read(clone / "params.yaml")
-    values["study"] = {**values["study"], "models": ["swin_v2_femto"], "leave_out": []}
-    values.pop("x", None)
-    values["study"].pop("x", None)
+    values["study"] |= {"models": ["swin_v2_femto"], "leave_out": []}
     (clone / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
     (clone / "pretrain.sh").write_text(SLOW)
     process = start()
@@ -303,7 +297,7 @@ def test_killed_in_the_middle_only_missing_cells_run(
 
 
 def test_operations_are_those_counted_by_hand(home_params: params.Params) -> None:
-    """A network of two blocks at 8 x 8 pixels: products of forward, twice as many backward, none for the image."""
+    """Products of the forward pass, twice as many backward, less the gradients that nobody asks for."""
     values = home_params.model_dump()
     values["model"] = {"backbone": "swin_v2_atto", "image_size": 32, "patch_size": 4, "window_size": 4}
     values["pretrain"]["mask_unit"] = 8
