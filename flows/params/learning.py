@@ -57,6 +57,8 @@ class Model(Section):
     patch_size: Positive
     window_size: Positive | None
 
+    mlp_norm: Literal["layer", "batch"]
+
     @model_validator(mode="after")
     def _patches_fit(self) -> Self:
         if self.image_size % self.patch_size:

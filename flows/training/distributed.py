@@ -40,6 +40,8 @@ Value = TypeVar("Value")
 
 BUCKET_MIN, BUCKET_MAX = 1_000_000, 200_000_000
 """Elements of a communication buffer. DeepSpeed's default of 5e8 is 2 GB, even for a million parameters."""
+BUCKETS = 8
+"""So many buffers make up a model: one of its whole size would undo half of what ZeRO 2 and 3 save."""
 
 
 @dataclass(frozen=True)
@@ -168,13 +170,18 @@ def micro_batch_size(settings: Training, world_size: int) -> int:
 
 def deepspeed_config(settings: Training, world_size: int, parameters: int) -> dict[str, Any]:
     """The one place where DeepSpeed's configuration is derived from params.yaml and the model's size."""
-    bucket = max(BUCKET_MIN, min(parameters, BUCKET_MAX))
+    bucket = max(BUCKET_MIN, min(parameters // BUCKETS, BUCKET_MAX))
+    bucket -= bucket % 1000  # DeepSpeed refuses odd ones
     is_bf16 = resolve_precision(settings) == "bf16"
     zero: dict[str, Any] = {
         # without ZeRO, DeepSpeed keeps no fp32 copy of bf16 weights: small updates would be rounded away
         "stage": max(settings.zero_stage, 1) if is_bf16 else settings.zero_stage,
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
+        # ZeRO 3: DeepSpeed's 1e9 would keep all weights of most models gathered for a whole step
+        "stage3_max_live_parameters": bucket,
+        "stage3_max_reuse_distance": bucket,
+        "stage3_prefetch_bucket_size": bucket // 2,
     }
     if settings.zero_offload != "none":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
