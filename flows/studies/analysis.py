@@ -154,7 +154,7 @@ def analyse(table: Table, settings: AnalysisSettings) -> Analysis:
         tuple(others),
         advised,
         tuple(ladder),
-        (*notes, *_notes(table, series, boundary, judged)),
+        (*notes, *_notes(table, series, boundary, judged, advised)),
     )
 
 
@@ -180,7 +180,11 @@ def _question(cells: Sequence[Cell], fit: Fit, settings: AnalysisSettings) -> tu
 
 
 def _notes(
-    table: Table, series: dict[tuple[str, float], Series], boundary: Boundary | None, judged: Sequence[Judged]
+    table: Table,
+    series: dict[tuple[str, float], Series],
+    boundary: Boundary | None,
+    judged: Sequence[Judged],
+    advised: Advice | None,
 ) -> list[str]:
     notes = []
     cells = table.cells
@@ -208,6 +212,8 @@ def _notes(
             )
     if not any(cell.train_loss is not None for cell in cells):
         notes.append("no column train_loss: the gap of train and validation loss is not drawn")
+    if advised and advised.costs.assumption:
+        notes.append(advised.costs.assumption)
     return notes
 
 

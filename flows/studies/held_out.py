@@ -81,7 +81,9 @@ def check_all(cells: Sequence[Cell], draws: int, seed: int) -> tuple[HeldOut, li
     main = leave_out(f"largest model, {models[-1]}", "parameters", models[-1], draws)
     others = [leave_out(f"model {name}, from all others", "parameters", name) for name in models[:-1]]
     others.append(leave_out(f"longest training, {longest:,.0f} iterations", "iterations", longest))
-    others.append(leave_out(f"most images, {most.data_label}", "images", most.images))
+    foreign = all(cell.corpus != most.corpus for cell in cells if cell.images != most.images)
+    alien = " (of a source that no other cell has)" if foreign and most.corpus else ""
+    others.append(leave_out(f"most images, {most.data_label}{alien}", "images", most.images))
     return main, others
 
 
