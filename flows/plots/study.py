@@ -22,6 +22,8 @@ from flows.plots.frame import (
 )
 
 MARKERS = "osD^vP"
+MOST_NAMED = 18
+"""Entries of a legend; the titles of the marks name the rest."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,10 @@ def study_predictions(
 def _labels(groups: Sequence[Group]) -> dict[str, tuple[str, str]]:
     """Colour and marker of every label, the same in all panels."""
     names = list(dict.fromkeys(group.label for group in groups))
-    return {name: (SERIES[at % len(SERIES)], MARKERS[at % len(MARKERS)]) for at, name in enumerate(names)}
+    return {
+        name: (SERIES[at % len(SERIES)], MARKERS[(at + at // len(SERIES)) % len(MARKERS)])
+        for at, name in enumerate(names)
+    }
 
 
 def _draw_group(
@@ -190,7 +195,7 @@ def _legend(
 ) -> None:
     from matplotlib.lines import Line2D
 
-    entries = [(name, colour, marker) for name, (colour, marker) in labels.items()]
+    entries = [(name, colour, marker) for name, (colour, marker) in labels.items()][:MOST_NAMED]
     handles = [
         Line2D([], [], ls="none", marker=marker, color=colour, ms=6, mew=1.5, label=name)
         for name, colour, marker in (*entries, *extra)

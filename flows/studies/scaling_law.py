@@ -114,7 +114,7 @@ class Fit:
         term = law.coefficients[at] if law.form == "sum" else law.coefficients[0]
         if term <= 0:
             reason = "its term is zero in the best fit"
-        elif low <= 1.01 * SMALLEST_EXPONENT or high >= 0.99 * LARGEST_EXPONENT:
+        elif min(low, law.exponents[at]) <= 1.01 * SMALLEST_EXPONENT or high >= 0.99 * LARGEST_EXPONENT:
             reason = f"its interval reaches an end of the search, {SMALLEST_EXPONENT} to {LARGEST_EXPONENT}"
         borrowed = f"{self.absent[factor]}; of the product of powers" if factor in self.absent else ""
         return {
@@ -174,7 +174,10 @@ def check_enough(cells: Sequence[Cell], what: str = "cells") -> None:
         )
     needed = cells_needed(cells)
     if len(cells) < needed:
-        raise DataError(f"the fit of the loss needs at least {needed} {what}, there are {len(cells)}")
+        raise DataError(
+            f"the fit of the loss needs at least {needed} {what}, there are {len(cells)}: one per constant "
+            f"of the law and {SPARE_CELLS} to judge it by"
+        )
 
 
 def fit_law(cells: Sequence[Cell], draws: int, seed: int) -> Fit:

@@ -206,9 +206,10 @@ def say_headline(analysis: Analysis) -> str:
     whole = analysis.correlations["all"]
     below = analysis.correlations.get("below_boundary")
     if analysis.boundary and below:
+        until = " as long as nothing overfits" if analysis.is_boundary_of_overfitting else ""
         parts.append(
-            f"The validation loss of pretraining tells the finetuned accuracy as long as nothing overfits "
-            f"(r {signed(below.pearson)}); from a loss of {analysis.boundary.loss:.3f} on it tells nothing."
+            f"The validation loss of pretraining tells the finetuned accuracy{until} (r "
+            f"{signed(below.pearson)}); from a loss of {analysis.boundary.loss:.3f} on it tells nothing."
         )
     elif whole.pearson is not None and not _holds_zero(whole):
         parts.append(f"Validation loss and finetuned accuracy go together (r {signed(whole.pearson)}).")
