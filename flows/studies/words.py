@@ -190,14 +190,18 @@ def say_advice(found: Advice | None) -> str:
         return "No advice, as there is no law."
     where = f"For {found.budget:.3g} {found.costs.unit} and {write_count(found.images)} images"
     if found.best is None:
-        return f"{where}: no model of the table. More images: {found.more_data}."
+        return f"{where}: no training like those of the table. Would more images help? {_sentence(found)}"
     best = found.best
     said = (
         f"{where}: {best.model} for {best.iterations:,.0f} iterations, predicted loss {best.loss:.4f} "
         f"({interval(best.interval, 4, sign=False)}), the best in {100 * best.share:.0f} % of resamples. "
-        f"More images: {found.more_data}."
+        f"Would more images help? {_sentence(found)}"
     )
-    return said + (f" But {'; '.join(found.limits)}." if found.limits else "")
+    return said + (f" Mind: {'; '.join(found.limits)}." if found.limits else "")
+
+
+def _sentence(found: Advice) -> str:
+    return f"{found.more_data[0].upper()}{found.more_data[1:]}."
 
 
 def say_headline(analysis: Analysis) -> str:

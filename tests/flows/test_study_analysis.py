@@ -278,12 +278,16 @@ def test_repeated_seeds_count_as_their_mean():
     assert found.is_overfitted
 
 
-def test_risk_follows_the_nearest_evidence():
-    cells = read_cells(PUBLISHED).cells
-    assert advice.overfits(cells, 1.06e9, 641_000, 500_000) == "yes"
-    assert advice.overfits(cells, 655e6, 200_000, 250_000) == "yes"  # as with 256,000 images already
-    assert advice.overfits(cells, 195e6, 1_281_167, 500_000) == "no"
-    assert advice.overfits(cells, 5e9, 1_281_167, 500_000) == "unknown"
+def test_risk_follows_the_nearest_evidence(published):
+    judge = advice.gather_evidence(published.fit, read_cells(PUBLISHED).cells).judge
+    assert judge(1.06e9, 641_000, 500_000) == "yes"
+    assert judge(655e6, 200_000, 250_000) == "yes"  # as with 256,000 images already
+    assert judge(195e6, 1_281_167, 500_000) == "no"
+    assert judge(5e9, 1_281_167, 500_000) == "unknown"
+    assert judge(1.06e9, 128_000, 230_000) == "yes"  # L rises from 125,000 on
+    assert judge(195e6, 128_000, 125_000) == "yes"  # far above the law already
+    assert judge(655e6, 641_000, 250_000) == "no"
+    assert judge(655e6, 641_000, 370_000) == "unknown"
 
 
 def test_advice_bars_models_that_overfit_and_asks_for_images(published):
@@ -291,7 +295,11 @@ def test_advice_bars_models_that_overfit_and_asks_for_images(published):
     found = advice.advise(published.fit, cells, 1e18, 256_000, 2048)
     assert found.best.model not in ("H", "g")
     assert {choice.model for choice in found.choices if choice.overfits == "yes"} >= {"B", "L", "H", "g"}
+    assert all(choice.iterations <= 250_000 for choice in (found.safe,))
     assert found.more_data.startswith("yes")
+    none = advice.advise(published.fit, cells, 5e17, 60_000, 2048)
+    assert none.best is None
+    assert none.more_data.startswith("yes")
 
 
 def test_larger_budget_is_never_advised_a_higher_loss(published):
