@@ -22,6 +22,8 @@ from flows.plots.frame import (
 )
 
 MARKERS = "osD^vP"
+MOST_NAMED = 18
+"""Entries of a legend; the titles of the marks name the rest."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Mark:
     hint: str
     is_struck: bool = False
     """Drawn hollow with a cross: overfitted."""
+    is_hollow: bool = False
+    """Of an overfitted series, though not past its minimum."""
     low: float | None = None
     high: float | None = None
 
@@ -74,7 +78,7 @@ def study_lines(
             _draw_group(axes, group, labels, hints, f"{name}-{at}", is_joined=True)
         _count_ticks(axes, [mark.x for panel in panels for group in panel.groups for mark in group.marks])
         axes.margins(x=0.08)
-    _legend(figure, labels, any(mark.is_struck for panel in panels for g in panel.groups for mark in g.marks))
+    _legend(figure, labels, [mark for panel in panels for g in panel.groups for mark in g.marks])
     return _finish(figure, format, name, hints)
 
 
@@ -107,7 +111,7 @@ def study_scatter(
         )
     for group in groups:
         _draw_group(axes, group, labels, hints, "scatter", is_joined=False)
-    _legend(figure, labels, any(mark.is_struck for mark in marks))
+    _legend(figure, labels, marks)
     return _finish(figure, format, "study-scatter", hints)
 
 
@@ -116,8 +120,9 @@ def study_predictions(
 ) -> bytes:
     """Predicted over true loss, with intervals; `nearest` is what the rule `compared_with` predicts."""
     labels = _labels(groups)
-    figure = new_figure(6.4, 4.7)
+    figure = new_figure(6.0, 6.0)
     axes = figure.subplots()
+    axes.set_aspect("equal")
     style_axes(axes, "", "true validation loss", "predicted validation loss")
     hints: dict[str, str] = {}
     marks = [mark for group in groups for mark in group.marks]
@@ -137,7 +142,7 @@ def study_predictions(
                 )
         _draw_group(axes, group, labels, hints, "prediction", is_joined=False)
     extra = [(compared_with, MUTED, "_")] if nearest else []
-    _legend(figure, labels, any(mark.is_struck for mark in marks), extra)
+    _legend(figure, labels, marks, extra)
     return _finish(figure, format, "study-predictions", hints)
 
 
@@ -147,7 +152,10 @@ def study_predictions(
 def _labels(groups: Sequence[Group]) -> dict[str, tuple[str, str]]:
     """Colour and marker of every label, the same in all panels."""
     names = list(dict.fromkeys(group.label for group in groups))
-    return {name: (SERIES[at % len(SERIES)], MARKERS[at % len(MARKERS)]) for at, name in enumerate(names)}
+    return {
+        name: (SERIES[at % len(SERIES)], MARKERS[(at + at // len(SERIES)) % len(MARKERS)])
+        for at, name in enumerate(names)
+    }
 
 
 def _draw_group(
@@ -167,7 +175,7 @@ def _draw_group(
 
 def _draw_mark(axes: Any, mark: Mark, colour: str, marker: str, gid: str, hints: dict[str, str]) -> None:
     size = 9 if marker == "_" else 6
-    face = "none" if mark.is_struck else colour
+    face = "none" if mark.is_struck or mark.is_hollow else colour
     drawn = axes.plot(
         [mark.x], [mark.y], ls="none", marker=marker, ms=size, mfc=face, mec=colour, mew=1.5, zorder=3
     )
@@ -182,22 +190,25 @@ def _draw_mark(axes: Any, mark: Mark, colour: str, marker: str, gid: str, hints:
 def _legend(
     figure: Any,
     labels: dict[str, tuple[str, str]],
-    has_struck: bool,
+    marks: Sequence[Mark],
     extra: Sequence[tuple[str, str, str]] = (),
 ) -> None:
     from matplotlib.lines import Line2D
 
-    entries = [(name, colour, marker) for name, (colour, marker) in labels.items()]
+    entries = [(name, colour, marker) for name, (colour, marker) in labels.items()][:MOST_NAMED]
     handles = [
         Line2D([], [], ls="none", marker=marker, color=colour, ms=6, mew=1.5, label=name)
         for name, colour, marker in (*entries, *extra)
     ]
-    if has_struck:
+    if any(mark.is_struck for mark in marks):
         handles.append(Line2D([], [], ls="none", marker="x", color=INK, ms=7, label="overfitted"))
+    if any(mark.is_hollow and not mark.is_struck for mark in marks):
+        label = "of such a series, before its rise"
+        handles.append(Line2D([], [], ls="none", marker="o", mfc="none", mec=INK, ms=6, label=label))
     legend = figure.legend(
         handles=handles,
         loc="outside upper left",
-        ncols=min(len(handles), 7),
+        ncols=_columns(handles, figure.get_figwidth()),
         frameon=False,
         fontsize=9,
         labelcolor=INK,
@@ -205,6 +216,16 @@ def _legend(
         columnspacing=1.2,
     )
     legend.set_zorder(5)
+
+
+def _columns(handles: Sequence[Any], width: float) -> int:
+    """As many columns as fit into `width` inches, in rows of even length."""
+    column = max(0.45 + 0.085 * len(handle.get_label()) for handle in handles)
+    whole = sum(0.45 + 0.085 * len(handle.get_label()) for handle in handles)
+    if whole <= width:
+        return len(handles)
+    rows = -(-len(handles) // max(1, int(width / column)))
+    return -(-len(handles) // rows)
 
 
 def _count_ticks(axes: Any, values: Sequence[float]) -> None:
@@ -223,8 +244,8 @@ def _count_ticks(axes: Any, values: Sequence[float]) -> None:
 
 
 def write_count(value: float) -> str:
-    """`128k`, `1.28M`, `1.06G`."""
-    for unit, factor in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+    """`128k`, `1.28M`, `1.06B`."""
+    for unit, factor in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= factor:
             return f"{value / factor:.3g}{unit}"
     return f"{value:.3g}"

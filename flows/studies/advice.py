@@ -1,9 +1,11 @@
 """What to train next for a compute budget and the images at hand, and whether more images would help.
 
 Choices are the models of the table. Each gets the length that the budget pays for, at most the longest in the
-table: what lies beyond is said, not extrapolated. A choice that the table shows to overfit is not advised:
-some cell with as large or smaller a model, as many or more images and as short or shorter a training has
-passed its minimum. The law (scaling_law) ranks the others; its resampled copies tell how sure the ranking is.
+table: what lies beyond is said, not extrapolated. Where the table does not show that such a training is safe
+from overfitting, the model's longest one that it does show safe is a choice too. One that the table shows to
+overfit is not advised: some cell with no larger model, no fewer images and no longer training has passed its
+minimum, or lies far above the law. The law (scaling_law) ranks the others; its resampled copies tell how sure
+the ranking is.
 """
 
 from __future__ import annotations
@@ -17,9 +19,13 @@ import numpy as np
 
 from flows.studies.cells import Cell
 from flows.studies.overfitting import find_series
-from flows.studies.scaling_law import Fit
+from flows.studies.scaling_law import FACTORS, Fit
 
 Risk = Literal["no", "yes", "unknown"]
+Gain = tuple[float, tuple[float, float]]
+"""By how much the predicted loss falls, and its 95 % interval."""
+FAR_ABOVE = 4
+"""A loss so many root mean square errors above the law is no noise but overfitting."""
 RUNGS = 7
 """Budgets of the ladder, from the cheapest cell's to the dearest's."""
 
@@ -62,10 +68,13 @@ class Advice:
     costs: Costs
     choices: tuple[Choice, ...]
     best: Choice | None
-    twice_the_images: tuple[float, tuple[float, float]] | None
-    """By how much twice as many images lower the best choice's loss by the law, and its interval."""
-    twice_the_budget: tuple[float, tuple[float, float]] | None
-    """The same for the best choice within the table's lengths and twice the budget."""
+    """The lowest predicted loss among choices that are not known to overfit."""
+    safe: Choice | None
+    """The same among those that the table shows not to overfit."""
+    twice_the_images: Gain | None
+    """By how much the best choice for twice the images is better."""
+    twice_the_budget: Gain | None
+    """The same for twice the budget."""
     more_data: str
     """Whether more images would help, in words."""
     limits: tuple[str, ...]
@@ -98,9 +107,12 @@ def advise(fit: Fit, cells: Sequence[Cell], budget: float, images: float, batch_
     costs = count_costs(cells, batch_size)
     choices = _choose(fit, cells, costs, budget, images)
     best = _best(choices)
+    safe = _best([choice for choice in choices if choice.overfits == "no"])
     twice_images = twice_budget = None
     if best:
-        twice_images = _gain(fit, (best, images), (best, 2 * images)) if "images" in fit.law.factors else None
+        if "images" in fit.law.factors:
+            then = _best(_choose(fit, cells, costs, budget, 2 * images)) or best
+            twice_images = _gain(fit, (best, images), (then, 2 * images))
         richer = _best(_choose(fit, cells, costs, 2 * budget, images))
         if richer and richer.loss < best.loss:
             twice_budget = _gain(fit, (best, images), (richer, images))
@@ -111,10 +123,11 @@ def advise(fit: Fit, cells: Sequence[Cell], budget: float, images: float, batch_
         costs,
         choices,
         best,
+        safe,
         twice_images,
         twice_budget,
-        _judge_more_data(choices, best, twice_images, fit, images),
-        _limits(cells, costs, budget, images, best),
+        _judge_more_data(fit, choices, best, images, twice_images),
+        _limits(cells, costs, budget, images, best, safe),
     )
 
 
@@ -127,71 +140,94 @@ def climb(fit: Fit, cells: Sequence[Cell], images: float, batch_size: float) -> 
     return [advise(fit, cells, float(budget), images, batch_size) for budget in ladder]
 
 
-def overfits(cells: Sequence[Cell], parameters: float, images: float, iterations: float) -> Risk:
-    """What the table says of such a training, as larger models, fewer images and longer training only bring
-    overfitting nearer."""
-    safe = False
-    for series in find_series(cells).values():
-        for length in series.iterations:
-            has_risen = bool(series.is_overfitted) and length > series.minimum_at
-            if (
-                has_risen
-                and series.parameters <= parameters
-                and series.images >= images
-                and length <= iterations
-            ):
+@dataclass(frozen=True)
+class Evidence:
+    """Trainings that the table shows to have overfitted, and such that it shows not to: each as parameters,
+    images, iterations."""
+
+    overfitted: tuple[tuple[float, float, float], ...]
+    safe: tuple[tuple[float, float, float], ...]
+
+    def judge(self, parameters: float, images: float, iterations: float) -> Risk:
+        """Larger models, fewer images and longer training only bring overfitting nearer."""
+        for size, data, length in self.overfitted:
+            if size <= parameters and data >= images and length <= 1.001 * iterations:
                 return "yes"
-            falls = length <= series.minimum_at and not series.rises_from_start
-            if (
-                falls
-                and series.is_overfitted is not None
-                and series.parameters >= parameters
-                and series.images <= images
-                and length >= iterations
-            ):
-                safe = True
-    return "no" if safe else "unknown"
+        for size, data, length in self.safe:
+            if size >= parameters and data <= images and length >= 0.999 * iterations:
+                return "no"
+        return "unknown"
+
+
+def gather_evidence(fit: Fit, cells: Sequence[Cell]) -> Evidence:
+    """From the course of every series; of one that only rises also how far its beginning lies above the law,
+    as its minimum may lie at any shorter length."""
+    overfitted, safe = [], []
+    for key, series in find_series(cells).items():
+        if series.is_overfitted is None:
+            continue
+        size, data = series.parameters, series.images
+        if series.rises_from_start:
+            first = series.iterations[0]
+            begin = [cell for cell in cells if cell.series == key and cell.iterations == first]
+            excess = series.losses[0] - float(fit.law.predict(begin).mean())
+            # between the first two lengths it only rises, so anything longer than the first is past it
+            begins = first if excess > FAR_ABOVE * fit.rmse else 1.01 * first
+            overfitted.append((size, data, begins))
+            continue
+        safe.append((size, data, series.minimum_at))
+        later = [length for length in series.iterations if length > series.minimum_at]
+        if series.is_overfitted:
+            overfitted.append((size, data, later[0]))
+    return Evidence(tuple(overfitted), tuple(safe))
 
 
 def _choose(
     fit: Fit, cells: Sequence[Cell], costs: Costs, budget: float, images: float
 ) -> tuple[Choice, ...]:
-    lengths = [cell.iterations for cell in cells]
-    shortest, longest = min(lengths), max(lengths)
-    models = sorted({(cell.parameters, cell.model) for cell in cells})
-    affordable = [budget / costs.per_step[name] for _, name in models]
-    taken = [min(steps, longest) for steps in affordable]
-    risks = [overfits(cells, size, images, steps) for (size, _), steps in zip(models, taken, strict=True)]
-    corpus = fit.law.corpora[0]
-    points = [
-        {"parameters": size, "images": images, "iterations": steps}
-        for (size, _), steps in zip(models, taken, strict=True)
-    ]
-    values = np.array([[point[name] for name in fit.law.factors] for point in points])
-    losses = fit.law.predict_at(values, [corpus] * len(models))
-    drawn = np.array([law.predict_at(values, [corpus] * len(models)) for law in fit.draws])
-    covered = [steps >= 0.999 * shortest for steps in affordable]
-    pool = [at for at, risk in enumerate(risks) if risk != "yes" and covered[at]] or [
-        at for at, risk in enumerate(risks) if risk != "yes"
-    ]
-    wins = np.zeros(len(models))
+    lengths = sorted({cell.iterations for cell in cells})
+    evidence = gather_evidence(fit, cells)
+    taken: list[tuple[float, str, float, Risk]] = []
+    for size, name in sorted({(cell.parameters, cell.model) for cell in cells}):
+        longest = min(budget / costs.per_step[name], lengths[-1])
+        risk = evidence.judge(size, images, longest)
+        taken.append((size, name, longest, risk))
+        shorter = [
+            length for length in lengths if length < longest and evidence.judge(size, images, length) == "no"
+        ]
+        if risk != "no" and shorter:
+            taken.append((size, name, shorter[-1], "no"))
+    losses = _predict(fit, [(size, images, steps) for size, _, steps, _ in taken])
+    covered = [steps >= 0.999 * lengths[0] for _, _, steps, _ in taken]
+    open_ones = [at for at, (*_, risk) in enumerate(taken) if risk != "yes"]
+    pool = [at for at in open_ones if covered[at]] or open_ones
+    wins = np.zeros(len(taken))
     if pool:
-        for row in drawn:
-            wins[pool[int(np.argmin(row[pool]))]] += 1 / len(drawn)
+        best = np.array(pool)[losses[1:, pool].argmin(axis=1)]
+        wins = np.bincount(best, minlength=len(taken)) / len(best)
     return tuple(
         Choice(
             name,
             size,
-            taken[at],
-            affordable[at],
+            steps,
+            budget / costs.per_step[name],
             covered[at],
-            risks[at],
-            float(losses[at]),
-            fit.interval(drawn[:, at].tolist()),
+            risk,
+            float(losses[0, at]),
+            fit.interval(losses[1:, at].tolist()),
             float(wins[at]),
         )
-        for at, (size, name) in enumerate(models)
+        for at, (size, name, steps, risk) in enumerate(taken)
     )
+
+
+def _predict(fit: Fit, points: Sequence[tuple[float, float, float]]) -> np.ndarray:
+    """(1 + draws, points): losses by the law and by its resampled copies, at (parameters, images, iterations)
+    of the main source of images."""
+    known = [FACTORS.index(name) for name in fit.law.factors]
+    values = np.array([[point[at] for at in known] for point in points], dtype=float)
+    corpora = [fit.law.corpora[0]] * len(points)
+    return np.array([law.predict_at(values, corpora) for law in (fit.law, *fit.draws)])
 
 
 def _best(choices: Sequence[Choice]) -> Choice | None:
@@ -201,73 +237,48 @@ def _best(choices: Sequence[Choice]) -> Choice | None:
     return min(covered or open_ones, key=lambda choice: choice.loss, default=None)
 
 
-def _gain(
-    fit: Fit, now: tuple[Choice, float], then: tuple[Choice, float]
-) -> tuple[float, tuple[float, float]]:
-    values = np.array(
-        [
-            [
-                {"parameters": choice.parameters, "images": images, "iterations": choice.iterations}[name]
-                for name in fit.law.factors
-            ]
-            for choice, images in (now, then)
-        ]
-    )
-    corpora = [fit.law.corpora[0]] * 2
-
-    def lowered(losses: np.ndarray) -> float:
-        return float(losses[0] - losses[1])
-
-    drawn = [lowered(law.predict_at(values, corpora)) for law in fit.draws]
-    return lowered(fit.law.predict_at(values, corpora)), fit.interval(drawn)
-
-
-def _as_cell(choice: Choice, images: float, fit: Fit) -> Cell:
-    return Cell(
-        choice.model, choice.parameters, images, choice.iterations, choice.loss, data=fit.law.corpora[0]
-    )
+def _gain(fit: Fit, now: tuple[Choice, float], then: tuple[Choice, float]) -> Gain:
+    losses = _predict(fit, [(c.parameters, images, c.iterations) for c, images in (now, then)])
+    lowered = losses[:, 0] - losses[:, 1]
+    return float(lowered[0]), fit.interval(lowered[1:].tolist())
 
 
 def _judge_more_data(
-    choices: Sequence[Choice],
-    best: Choice | None,
-    gain: tuple[float, tuple[float, float]] | None,
-    fit: Fit,
-    images: float,
+    fit: Fit, choices: Sequence[Choice], best: Choice | None, images: float, gain: Gain | None
 ) -> str:
     if best is None:
-        return "yes: with so few images every model of the table overfits at the length the budget pays for"
-    barred = [
-        choice for choice in choices if choice.overfits == "yes" and choice.parameters > best.parameters
-    ]
-    words = ""
-    if barred and min(choice.loss for choice in barred) < best.loss:
-        names = ", ".join(choice.model for choice in barred)
-        words = f"yes: {names} would be better at this budget but overfits with so few images. "
-    if gain is None:
-        return words + "beyond overfitting the table cannot tell: it has one number of images only"
-    value, (low, high) = gain
-    length = fit.doubling_gain("iterations", [_as_cell(best, images, fit)])
-    rival = length["value"] if length else 0.0
-    said = f"twice the images lower the predicted loss by {value:.4f} (95 %: {low:.4f} to {high:.4f})"
-    if rival:
-        said += f", twice the length by {rival:.4f}"
-    if not words and abs(value) < fit.rmse:
-        words = "little: "
-        said += f"; the law misses a cell by {fit.rmse:.4f}"
-    elif not words:
-        words = (
-            "unclear: "
-            if low <= 0
-            else "some, but longer training helps more: "
-            if value < rival
-            else "yes: "
+        return "yes; with so few images every model of the table overfits at every length that was tried"
+    barred = [choice for choice in choices if choice.overfits == "yes" and choice.loss < best.loss]
+    verdict = "yes" if barred else ""
+    said = ""
+    if barred:
+        names = ", ".join(f"{choice.model} for {choice.iterations:,.0f}" for choice in barred)
+        said = (
+            f"; the budget pays for {names} iterations, which would be better but overfit with so few images"
         )
-    return words + said
+    if gain is None:
+        return (verdict or "not known") + said + "; the table has one number of images only"
+    value, (low, high) = gain
+    said += f"; twice the images lower the predicted loss by {value:.4f} (95 %: {low:.4f} to {high:.4f})"
+    longer = Choice(**{**best.__dict__, "iterations": 2 * best.iterations})
+    rival = _gain(fit, (best, images), (longer, images))[0] if "iterations" in fit.law.factors else 0.0
+    if rival:
+        said += f", twice the length would by {rival:.4f}"
+    if not verdict and abs(value) < fit.rmse:
+        verdict = "hardly"
+        said += f", and the law misses a cell by {fit.rmse:.4f}"
+    elif not verdict:
+        verdict = "not sure" if low <= 0 else "some" if value < rival else "yes"
+    return verdict + said
 
 
 def _limits(
-    cells: Sequence[Cell], costs: Costs, budget: float, images: float, best: Choice | None
+    cells: Sequence[Cell],
+    costs: Costs,
+    budget: float,
+    images: float,
+    best: Choice | None,
+    safe: Choice | None,
 ) -> tuple[str, ...]:
     found = []
     if budget > 1.001 * costs.dearest:
@@ -293,12 +304,15 @@ def _limits(
         )
     elif best.affordable > 1.001 * best.iterations:
         spent = best.iterations / best.affordable
-        found.append(
-            f"{best.model} at the table's longest training spends {100 * spent:.0f} % of the budget; longer "
-            "ones are not covered"
-        )
+        longest = best.iterations >= max(cell.iterations for cell in cells)
+        why = "the table has no longer training" if longest else "a longer one is not shown to be safe"
+        found.append(f"this spends {100 * spent:.0f} % of the budget: {why}")
     if best.overfits == "unknown":
         found.append(f"no cell shows whether {best.model} overfits with so few images at that length")
+        if safe:
+            found[-1] += (
+                f"; {safe.model} for {safe.iterations:,.0f} iterations ({safe.loss:.4f}) is shown not to"
+            )
     sizes = [cell.parameters for cell in cells]
     if best.parameters == max(sizes) and len(set(sizes)) > 1 and not math.isclose(min(sizes), max(sizes)):
         found.append(f"{best.model} is the largest model of the table: a larger one may be better still")

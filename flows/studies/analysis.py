@@ -88,6 +88,12 @@ class Analysis:
         return [series for series in self.series if series.is_overfitted]
 
     @property
+    def is_boundary_of_overfitting(self) -> bool:
+        """Whether at least half of the cells past the boundary belong to overfitted series."""
+        above = [found for found in self.cells if found.past_boundary]
+        return bool(above) and 2 * sum(bool(found.series_overfitted) for found in above) >= len(above)
+
+    @property
     def fitted_cells(self) -> list[Cell]:
         return [judged.cell for judged in self.cells if judged.in_fit]
 
@@ -154,7 +160,7 @@ def analyse(table: Table, settings: AnalysisSettings) -> Analysis:
         tuple(others),
         advised,
         tuple(ladder),
-        (*notes, *_notes(table, series, boundary, judged)),
+        (*notes, *_notes(table, series, boundary, judged, advised)),
     )
 
 
@@ -180,7 +186,11 @@ def _question(cells: Sequence[Cell], fit: Fit, settings: AnalysisSettings) -> tu
 
 
 def _notes(
-    table: Table, series: dict[tuple[str, float], Series], boundary: Boundary | None, judged: Sequence[Judged]
+    table: Table,
+    series: dict[tuple[str, float], Series],
+    boundary: Boundary | None,
+    judged: Sequence[Judged],
+    advised: Advice | None,
 ) -> list[str]:
     notes = []
     cells = table.cells
@@ -201,13 +211,17 @@ def _notes(
     if boundary:
         above = [found for found in judged if found.past_boundary]
         share = sum(bool(found.series_overfitted) for found in above)
-        if 2 * share < len(above):
+        if all(found.series_overfitted is None for found in above):
+            notes.append("whether overfitting makes the boundary is not known: no series past it is judged")
+        elif 2 * share < len(above):
             notes.append(
-                f"of {len(above)} cells past the boundary only {share} belong to an overfitted series: it "
-                "parts two regimes, but overfitting is not what makes them"
+                f"of {len(above)} cells past the boundary {share} belong to an overfitted series: it parts "
+                "two regimes, but overfitting is not what makes them"
             )
     if not any(cell.train_loss is not None for cell in cells):
         notes.append("no column train_loss: the gap of train and validation loss is not drawn")
+    if advised and advised.costs.assumption:
+        notes.append(advised.costs.assumption)
     return notes
 
 

@@ -20,8 +20,8 @@ from flows import files
 from flows.errors import DataError
 
 MAX_BYTES = 8_000_000
-MAX_CELLS = 5_000
-"""A study has tens of cells; beyond this the file is something else, and resampling it would take hours."""
+MAX_CELLS = 1_000
+"""A study has tens of cells; beyond this the file is something else, and resampling it would take long."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ def _check_header(path: Path, header: Sequence[str]) -> None:
     if missing:
         alien = next((sign for sign in (";", "\t") if len(header) == 1 and sign in header[0]), "")
         hint = f"; the columns must be separated by commas, not by {alien!r}" if alien else ""
-        found = ", ".join(name[:40] for name in header[:20])
+        found = ", ".join("".join(c if c.isprintable() else "?" for c in name[:40]) for name in header[:20])
         raise DataError(f"{path}: no column {', '.join(missing)}; the first line names: {found}{hint}")
     twice = sorted({name for name in header if name and header.count(name) > 1})
     if twice:

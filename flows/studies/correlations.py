@@ -3,9 +3,9 @@
 Two regimes are looked for by a threshold regression of accuracy on loss (Hansen, Econometrica 2000): a line
 below and a line at or above the threshold, least squares over all thresholds between two losses. There is a
 boundary only if (a) two lines explain more than one line does by chance (a bootstrap under one line,
-p < 0.05) and (b) accuracy falls with loss below, while above it falls less than half as steeply or not at
-all. Data seldom fix the threshold to one gap: among those that Hansen's likelihood ratio cannot tell from the
-best at 95 %, the one is taken above which the relation is most completely gone (largest Pearson r).
+p < 0.05) and (b) accuracy falls with loss below, while above it falls neither significantly nor half as
+steeply. Data seldom fix the threshold to one gap: among those that Hansen's likelihood ratio cannot tell from
+the best at 95 %, the one is taken above which the relation is most completely gone (largest Pearson r).
 
 Intervals are percentiles of a bootstrap that draws whole series (a model on its images at all lengths), as
 cells of one series are not independent; those from drawing single cells stand beside them.
@@ -29,6 +29,7 @@ HANSEN_95 = 7.35
 SHARE, FEWEST = 0.15, 4
 """Each regime has at least this share of the cells, and this many."""
 SIGNIFICANT = 0.05
+MOST_THRESHOLDS = 200
 FEWEST_FOR_CORRELATION = 4
 
 
@@ -83,6 +84,8 @@ def find_boundary(cells: Sequence[Cell], draws: int, seed: int) -> tuple[Boundar
     x = np.array([cell.loss for cell in known])[order]
     y = np.array([cell.finetuned_top1 for cell in known], dtype=float)[order]
     splits = np.array([k for k in range(least, len(x) - least + 1) if x[k] > x[k - 1]], dtype=int)
+    if len(splits) > MOST_THRESHOLDS:
+        splits = splits[np.linspace(0, len(splits) - 1, MOST_THRESHOLDS).astype(int)]
     if not len(splits) or np.ptp(y) == 0:
         return None, "the losses or the accuracies do not vary enough"
     one = _squares(x, y[None])[0]
@@ -95,8 +98,10 @@ def find_boundary(cells: Sequence[Cell], draws: int, seed: int) -> tuple[Boundar
     plausible = splits[ratio <= HANSEN_95]
     split = max(plausible, key=lambda k: _pearson(x[k:], y[k:]))
     (slope, intercept), (above, _) = _line(x[:split], y[:split]), _line(x[split:], y[split:])
-    if slope >= 0 or above < 0.5 * slope:
-        return None, "accuracy keeps falling with the loss up to the largest losses, or never does"
+    if slope >= 0:
+        return None, "accuracy does not fall with the loss among the cells with the lowest losses"
+    if above < 0.5 * slope or _falls(x[split:], y[split:]):
+        return None, "accuracy keeps falling with the loss up to the largest losses"
     middles = (x[splits - 1] + x[splits]) / 2
     shown = middles[ratio <= HANSEN_95]
     return (
@@ -146,6 +151,14 @@ def _line(x: Array, y: Array) -> tuple[float, float]:
     sxx = float(dx @ dx)
     slope = float(dx @ (y - y.mean())) / sxx if sxx > 0 else 0.0
     return slope, float(y.mean() - slope * x.mean())
+
+
+def _falls(x: Array, y: Array) -> bool:
+    """Whether y falls with x beyond chance: Student's t of the correlation, one-sided, 5 %."""
+    from scipy.stats import t as student
+
+    r, spare = _pearson(x, y), len(x) - 2
+    return bool(student.cdf(r * math.sqrt(spare / max(1 - r * r, 1e-12)), spare) < SIGNIFICANT)
 
 
 def _pearson(x: Array, y: Array) -> float:

@@ -33,7 +33,8 @@ def _hint(found: Judged) -> str:
 
 
 def _mark(found: Judged, x: float, y: float) -> Mark:
-    return Mark(x, y, _hint(found), found.verdict == "overfitted")
+    is_begin = bool(found.series_overfitted) and found.verdict == "fitted"
+    return Mark(x, y, _hint(found), found.verdict == "overfitted", is_begin)
 
 
 def _group(cells: Sequence[Judged], label: Callable[[Judged], str]) -> list[tuple[str, list[Judged]]]:
@@ -138,7 +139,7 @@ def _held_out(analysis: Analysis, format: Format) -> bytes | None:
     for each in found.predictions:
         hint = f"{each.cell.label}: true {each.truth:.4f}, predicted {each.predicted:.4f}"
         low, high = each.interval or (None, None)
-        mark = Mark(each.truth, each.predicted, hint, not each.is_fitted, low, high)
+        mark = Mark(each.truth, each.predicted, hint, not each.is_fitted, low=low, high=high)
         by_data.setdefault(each.cell.data_label, []).append(mark)
         if each.nearest is not None:
             hint = f"{each.cell.label}: true {each.truth:.4f}, next smaller model {each.nearest:.4f}"

@@ -17,6 +17,9 @@ from flows.studies import scaling_law
 from flows.studies.cells import Cell
 from flows.studies.overfitting import can_be_fitted, find_series, judge_cell
 
+MOST_MODELS = 12
+"""Held out in turn besides the largest one: its nearest."""
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -79,9 +82,13 @@ def check_all(cells: Sequence[Cell], draws: int, seed: int) -> tuple[HeldOut, li
         return check(what, cells, lambda cell: getattr(cell, key) == value, factor, draws, seed)
 
     main = leave_out(f"largest model, {models[-1]}", "parameters", models[-1], draws)
-    others = [leave_out(f"model {name}, from all others", "parameters", name) for name in models[:-1]]
+    others = [
+        leave_out(f"model {name}, from all others", "parameters", name) for name in models[:-1][-MOST_MODELS:]
+    ]
     others.append(leave_out(f"longest training, {longest:,.0f} iterations", "iterations", longest))
-    others.append(leave_out(f"most images, {most.data_label}", "images", most.images))
+    foreign = all(cell.corpus != most.corpus for cell in cells if cell.images != most.images)
+    alien = " (of a source that no other cell has)" if foreign and most.corpus else ""
+    others.append(leave_out(f"most images, {most.data_label}{alien}", "images", most.images))
     return main, others
 
 
@@ -92,6 +99,8 @@ def check(
     rest = [cell for cell in cells if not is_held(cell)]
     series = find_series(rest) if rest else {}
     training = [cell for cell in rest if can_be_fitted(cell, series[cell.series])]
+    if not training:
+        return HeldOut(what, 0, reason="no other cells are left to learn from")
     try:
         scaling_law.check_enough(training, "cells besides")
         fit = scaling_law.fit_law(training, draws, seed)

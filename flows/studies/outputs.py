@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from flows import files
-from flows.errors import ConfigError
+from flows.errors import ConfigError, ResourceError
 from flows.studies import figures, page
 from flows.studies.analysis import Analysis, AnalysisSettings, analyse, judged_rows, to_dict
 from flows.studies.cells import read_cells, write_value
@@ -29,6 +29,10 @@ def study(cells_path: Path, out: Path, settings: AnalysisSettings) -> Analysis:
         raise ConfigError(f"{out} is a file; give a folder for the results")
     analysis = analyse(read_cells(cells_path), settings)
     made = render(analysis)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ResourceError(f"cannot create the folder {out}: {error.strerror}") from None
     for name in figures.NAMES:
         if f"{name}.png" not in made:
             (out / f"{name}.png").unlink(missing_ok=True)  # of an earlier table that had more columns

@@ -91,7 +91,9 @@ class Fit:
     draws: tuple[Law, ...]
     """The same form fitted to resampled tables."""
     absent: dict[str, str]
-    """Factors without an exponent, and why."""
+    """Factors without an exponent in this form, and why."""
+    other_draws: tuple[Law, ...] = ()
+    """The product and its resampled copies where a sum lacks exponents that the product has."""
 
     def interval(self, values: Sequence[float]) -> tuple[float, float]:
         low, high = np.quantile(np.array(values), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
@@ -100,21 +102,27 @@ class Fit:
 
     def exponent(self, factor: str) -> dict[str, Any]:
         """Value, interval and whether the data fix it."""
+        law, draws = self.law, self.draws
         if factor in self.absent:
-            return {"value": None, "interval": None, "is_identified": False, "reason": self.absent[factor]}
-        at = self.law.factors.index(factor)
-        low, high = self.interval([law.exponents[at] for law in self.draws])
+            if factor not in law.factors or not self.other_draws:
+                missing = {"value": None, "interval": None, "form": None, "is_identified": False}
+                return {**missing, "reason": self.absent[factor]}
+            law, draws = self.other_draws[0], self.other_draws[1:]
+        at = law.factors.index(factor)
+        low, high = self.interval([each.exponents[at] for each in draws])
         reason = ""
-        term = self.law.coefficients[at] if self.law.form == "sum" else self.law.coefficients[0]
+        term = law.coefficients[at] if law.form == "sum" else law.coefficients[0]
         if term <= 0:
             reason = "its term is zero in the best fit"
-        elif low <= 1.01 * SMALLEST_EXPONENT or high >= 0.99 * LARGEST_EXPONENT:
+        elif min(low, law.exponents[at]) <= 1.01 * SMALLEST_EXPONENT or high >= 0.99 * LARGEST_EXPONENT:
             reason = f"its interval reaches an end of the search, {SMALLEST_EXPONENT} to {LARGEST_EXPONENT}"
+        borrowed = f"{self.absent[factor]}; of the product of powers" if factor in self.absent else ""
         return {
-            "value": self.law.exponents[at],
+            "value": law.exponents[at],
             "interval": [low, high],
+            "form": law.form,
             "is_identified": not reason,
-            "reason": reason,
+            "reason": "; ".join(text for text in (borrowed, reason) if text),
         }
 
     def irreducible(self) -> dict[str, Any]:
@@ -166,7 +174,10 @@ def check_enough(cells: Sequence[Cell], what: str = "cells") -> None:
         )
     needed = cells_needed(cells)
     if len(cells) < needed:
-        raise DataError(f"the fit of the loss needs at least {needed} {what}, there are {len(cells)}")
+        raise DataError(
+            f"the fit of the loss needs at least {needed} {what}, there are {len(cells)}: one per constant "
+            f"of the law and {SPARE_CELLS} to judge it by"
+        )
 
 
 def fit_law(cells: Sequence[Cell], draws: int, seed: int) -> Fit:
@@ -181,6 +192,11 @@ def fit_law(cells: Sequence[Cell], draws: int, seed: int) -> Fit:
     rest = problem.losses - law.predict(cells)
     total = float(np.sum((problem.losses - problem.losses.mean()) ** 2))
     constants = problem.constants(form)
+    absent = problem.absent(form)
+    other: list[Law] = []
+    if draws and set(absent) & set(problem.factors) and form == "sum" and "product" in found:
+        product = found["product"]
+        other = [product, *_resample(problem, "product", product, draws, seed)]
     return Fit(
         law=law,
         cells=len(cells),
@@ -191,7 +207,8 @@ def fit_law(cells: Sequence[Cell], draws: int, seed: int) -> Fit:
         aicc_of=aicc,
         aicc_without_irreducible=_aicc(problem, form, bare, fewer=1),
         draws=tuple(_resample(problem, form, law, draws, seed)),
-        absent=problem.absent(form),
+        absent=absent,
+        other_draws=tuple(other),
     )
 
 

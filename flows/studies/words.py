@@ -122,11 +122,16 @@ def say_law(analysis: Analysis) -> str:
     exponents = [
         f"{FACTOR_NAMES[name]} {found['value']:.2f} ({interval(found['interval'], sign=False)}"
         + ("" if found["is_identified"] else ", not identified")
+        + ("" if found["form"] == fit.law.form else ", in a product of powers")
         + ")"
         for name, found in shown.items()
         if found["value"] is not None
     ]
-    absent = [f"{FACTOR_NAMES[name]}: {reason}" for name, reason in fit.absent.items()]
+    absent = [
+        f"{FACTOR_NAMES[name]}: {shown[name]['reason']}"
+        for name in fit.absent
+        if shown[name]["value"] is None
+    ]
     said = (
         f"Where nothing overfits, doubling lowers the loss: {', '.join(gains)}. Exponents of the "
         f"{'sum of power laws' if fit.law.form == 'sum' else 'product of powers'} over {fit.cells} cells: "
@@ -185,11 +190,57 @@ def say_advice(found: Advice | None) -> str:
         return "No advice, as there is no law."
     where = f"For {found.budget:.3g} {found.costs.unit} and {write_count(found.images)} images"
     if found.best is None:
-        return f"{where}: no model of the table. More images: {found.more_data}."
+        return f"{where}: no training like those of the table. Would more images help? {_sentence(found)}"
     best = found.best
     said = (
         f"{where}: {best.model} for {best.iterations:,.0f} iterations, predicted loss {best.loss:.4f} "
         f"({interval(best.interval, 4, sign=False)}), the best in {100 * best.share:.0f} % of resamples. "
-        f"More images: {found.more_data}."
+        f"Would more images help? {_sentence(found)}"
     )
-    return said + "".join(f" But {limit}." for limit in found.limits)
+    return said + (f" Mind: {'; '.join(found.limits)}." if found.limits else "")
+
+
+def _sentence(found: Advice) -> str:
+    return f"{found.more_data[0].upper()}{found.more_data[1:]}."
+
+
+def say_headline(analysis: Analysis) -> str:
+    """One or two sentences for the top of the page."""
+    parts = []
+    whole = analysis.correlations["all"]
+    below = analysis.correlations.get("below_boundary")
+    if analysis.boundary and below:
+        until = " as long as nothing overfits" if analysis.is_boundary_of_overfitting else ""
+        parts.append(
+            f"The validation loss of pretraining tells the finetuned accuracy{until} (r "
+            f"{signed(below.pearson)}); from a loss of {analysis.boundary.loss:.3f} on it tells nothing."
+        )
+    elif whole.pearson is not None and not _holds_zero(whole):
+        parts.append(f"Validation loss and finetuned accuracy go together (r {signed(whole.pearson)}).")
+    elif whole.pearson is not None:
+        parts.append("These cells show no sure relation of validation loss and finetuned accuracy.")
+    gains = {name: gain["value"] for name, gain in analysis.doubling.items() if gain}
+    if len(gains) > 1:
+        first, *rest = sorted(gains, key=lambda name: -gains[name])
+        others = listed([f"{FACTOR_NAMES[name]} {gains[name]:.4f}" for name in rest])
+        parts.append(f"Doubling {FACTOR_NAMES[first]} lowers the loss by {gains[first]:.4f}, {others}.")
+    return " ".join(parts) or "What this table can tell, and what it cannot."
+
+
+def say_formula(fit: Fit) -> str:
+    """The fitted law with its figures."""
+    law = fit.law
+    symbols = {"parameters": "N", "images": "D", "iterations": "T"}
+    powers = [
+        f"({symbols[name]}/{write_count(centre)})^−{exponent:.3f}"
+        for name, centre, exponent in zip(law.factors, law.centres, law.exponents, strict=True)
+    ]
+    if law.form == "sum":
+        terms = [f"{value:.4f}·{power}" for value, power in zip(law.coefficients, powers, strict=True)]
+    else:
+        terms = [f"{law.coefficients[0]:.4f}·{'·'.join(powers)}"]
+    offsets = [
+        f" {signed(value, 4)[0]} {abs(value):.4f} on {name}"
+        for name, value in zip(law.corpora[1:], law.offsets[1:], strict=True)
+    ]
+    return f"L = {law.irreducible:.4f} + {' + '.join(terms)}{''.join(offsets)}"
