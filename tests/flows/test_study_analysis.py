@@ -295,16 +295,20 @@ def test_advice_bars_models_that_overfit_and_asks_for_images(published):
     found = advice.advise(published.fit, cells, 1e18, 256_000, 2048)
     assert found.best.model not in ("H", "g")
     assert {choice.model for choice in found.choices if choice.overfits == "yes"} >= {"B", "L", "H", "g"}
-    assert all(choice.iterations <= 250_000 for choice in (found.safe,))
+    assert found.best.overfits == "no"
+    assert (found.best.model, found.best.iterations) == ("B", 250_000)
     assert found.more_data.startswith("yes")
     none = advice.advise(published.fit, cells, 5e17, 60_000, 2048)
     assert none.best is None
     assert none.more_data.startswith("yes")
 
 
-def test_larger_budget_is_never_advised_a_higher_loss(published):
-    losses = [rung.best.loss for rung in published.ladder]
+@pytest.mark.parametrize("images", [256_000, 641_000, 1_281_167, 14_200_000])
+def test_larger_budget_is_never_advised_a_higher_loss(published, images):
+    rungs = advice.climb(published.fit, read_cells(PUBLISHED).cells, images, 2048)
+    losses = [rung.best.loss for rung in rungs]
     assert losses == sorted(losses, reverse=True)
+    assert {rung.best.overfits for rung in rungs} == {"no"}
 
 
 def test_question_outside_the_table_is_said(published):
