@@ -24,6 +24,7 @@ from flows.studies.scaling_law import FACTORS, Fit
 Risk = Literal["no", "yes", "unknown"]
 Gain = tuple[float, tuple[float, float]]
 """By how much the predicted loss falls, and its 95 % interval."""
+WELL_ABOVE = 3
 FAR_ABOVE = 4
 """A loss so many root mean square errors above the law is no noise but overfitting."""
 RUNGS = 7
@@ -128,7 +129,7 @@ def advise(fit: Fit, cells: Sequence[Cell], budget: float, images: float, batch_
         twice_images,
         twice_budget,
         _judge_more_data(fit, choices, best, images, twice_images),
-        _limits(cells, costs, budget, images, best, better),
+        _limits(fit, cells, costs, budget, images, best, better),
     )
 
 
@@ -289,6 +290,7 @@ def _judge_more_data(
 
 
 def _limits(
+    fit: Fit,
     cells: Sequence[Cell],
     costs: Costs,
     budget: float,
@@ -330,7 +332,24 @@ def _limits(
             f"{better.model} for {better.iterations:,.0f} iterations would reach {better.loss:.4f} if it does"
             " not overfit with so few images, which no cell shows"
         )
+    if warning := _compare_with_neighbour(fit, cells, images, best):
+        found.append(warning)
     sizes = [cell.parameters for cell in cells]
     if best.parameters == max(sizes) and len(set(sizes)) > 1 and not math.isclose(min(sizes), max(sizes)):
         found.append(f"{best.model} is the largest model of the table: a larger one may be better still")
     return tuple(found)
+
+
+def _compare_with_neighbour(fit: Fit, cells: Sequence[Cell], images: float, best: Choice) -> str:
+    """A warning if the nearest cell of the same model, at most half as much again away, lies well above the
+    law: overfitting may have begun there without having turned its series."""
+
+    def distance(cell: Cell) -> float:
+        away = (math.log(cell.images / images), math.log(cell.iterations / best.iterations))
+        return max(abs(value) for value in away)
+
+    near = min((cell for cell in cells if cell.model == best.model), key=distance)
+    missed = near.loss - float(fit.law.predict([near])[0])
+    if distance(near) > math.log(1.5) or missed < WELL_ABOVE * fit.rmse:
+        return ""
+    return f"the nearest cell, {near.label}, has {near.loss:.4f}, {missed:.4f} more than the law says"

@@ -323,6 +323,13 @@ def test_question_outside_the_table_is_said(published):
     assert any("lie outside" in limit for limit in strange.limits)
 
 
+def test_law_that_misses_the_nearest_cell_is_said_to(published):
+    found = advice.advise(published.fit, read_cells(PUBLISHED).cells, 5e17, 641_000, 2048)
+    assert any("nearest cell, g · IN1K 50% · 250,000, has 0.4515" in limit for limit in found.limits)
+    good = advice.advise(published.fit, read_cells(PUBLISHED).cells, 5e17, 1_281_167, 2048)
+    assert not any("nearest cell" in limit for limit in good.limits)
+
+
 def test_flops_of_the_table_are_the_unit_where_all_cells_have_them():
     cells = [replace(c, flops=7 * c.iterations) for c in synthetic("sum", 0)]
     costs = advice.count_costs(cells, 64)
