@@ -206,6 +206,16 @@ def test_straight_relation_has_no_boundary():
     assert found <= 1
 
 
+def test_noise_has_no_boundary():
+    cells = read_cells(PUBLISHED).cells
+    found = 0
+    for seed in range(20):
+        tops = 80 + np.random.default_rng(seed).normal(size=len(cells))
+        noise = [replace(c, finetuned_top1=float(top)) for c, top in zip(cells, tops, strict=True)]
+        found += correlations.find_boundary(noise, 100, seed)[0] is not None
+    assert found <= 2
+
+
 def test_planted_boundary_is_found():
     generator = np.random.default_rng(0)
     losses = np.sort(generator.uniform(0.4, 0.6, 60))
