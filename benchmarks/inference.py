@@ -103,7 +103,9 @@ def run(rounds: int = 7, steps: int = 150) -> str:
                 "fp32": lambda: fp32.run(array),
                 "int8": lambda: int8.run(array),
             },
-            max(rounds, 15),
+            rounds,
+            repeats=5,
+            pause_s=0.3,
         )
         scores = {
             "fp32": accuracy(fp32.run, test_images, test_labels),

@@ -46,29 +46,43 @@ def interleave(
     rounds: int,
     device: torch.device | None = None,
     clock: Callable[[], float] = time.perf_counter,
+    repeats: int = 1,
+    pause_s: float = 0.0,
 ) -> Rounds:
-    """Run all in turns, `rounds` times after warming up; the order turns round from round to round."""
+    """Run all in turns, `rounds` times after warming up; the order turns round from round to round.
+
+    Thread pools spin for a while after their work and would take the cores from the next contestant. Where
+    contestants have pools of their own, `pause_s` lets them fall asleep first; one run that does not count
+    then wakes the own pool, and `repeats` runs are timed together.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     order = list(contestants)
     for index in range(WARM_UP_ROUNDS + rounds):
         for name in order if index % 2 == 0 else reversed(order):
-            took = _time(contestants[name], device, clock)
+            time.sleep(pause_s)
+            took = _time(contestants[name], repeats, device, clock) / repeats
             if index >= WARM_UP_ROUNDS:
                 seconds[name].append(took)
     return Rounds(seconds)
 
 
-def _time(work: Callable[[], object], device: torch.device | None, clock: Callable[[], float]) -> float:
+def _time(
+    work: Callable[[], object], repeats: int, device: torch.device | None, clock: Callable[[], float]
+) -> float:
+    if repeats > 1:
+        work()
     if device is not None and device.type == "cuda":
         started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
         started.record()
-        work()
+        for _ in range(repeats):
+            work()
         ended.record()
         torch.cuda.synchronize(device)
         return float(started.elapsed_time(ended)) / 1e3
     began = clock()
-    work()
+    for _ in range(repeats):
+        work()
     return clock() - began
 
 

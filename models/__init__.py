@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from models.backbones.interface import Backbone
-from models.backbones.swin import constant_position_bias
+from models.backbones.swin import MlpNorm, constant_position_bias
 from models.backbones.swin_v1 import SwinV1, SwinV1Size
 from models.backbones.swin_v2 import SwinV2, SwinV2Size
 from models.backbones.vit import DeiT, DeiTSize, ViT, ViTSize, finetuning_weights
@@ -56,6 +56,7 @@ WITHOUT_WINDOWS: dict[str, Any] = {
     "window_rule": "shrink",
     "masked_logit": MASKED_LOGIT,
     "pretrained_windows": None,
+    "mlp_norm": "layer",
     "stage_norms": False,
 }
 
@@ -74,6 +75,7 @@ def create(
     window_rule: WindowRule = "shrink",
     masked_logit: float = MASKED_LOGIT,
     pretrained_windows: Sequence[int] | None = None,
+    mlp_norm: MlpNorm = "layer",
     stage_norms: bool = False,
     pretraining: bool = False,
 ) -> SwinV1 | SwinV2 | ViT | DeiT:
@@ -104,6 +106,7 @@ def create(
         "window_rule": window_rule,
         "masked_logit": masked_logit,
         "pretrained_windows": pretrained_windows,
+        "mlp_norm": mlp_norm,
         "stage_norms": stage_norms,
     }
     try:

@@ -22,8 +22,10 @@ import models
 from models.backbones.swin import Stage, Swin, SwinBlock
 from models.pretext.simmim import SimMIM
 
-BUCKET_ELEMENTS = 200_000_000
-"""Largest communication buffer, as `flows.training.distributed` sets it."""
+BUCKET_MIN, BUCKET_MAX, BUCKETS = 1_000_000, 200_000_000, 8
+"""Elements of a communication buffer, as `flows.training.distributed` sets it."""
+BUCKET_PLAIN = 500_000_000
+"""The same without ZeRO, where DeepSpeed's own is not to be set."""
 RESERVE = 0.06
 """Of what a device holds, for gaps of the allocator and buffers of libraries: an allowance, not measured."""
 ALL_STAGES = 4
@@ -63,6 +65,8 @@ class Footprint:
     buffers: float
     activations: float
     workspace: float
+    host: float = 0.0
+    """In the memory of the host, for what is offloaded there."""
 
     @property
     def in_use(self) -> float:
@@ -204,23 +208,28 @@ def footprint(network: Network, choice: Choice, activations: Activations) -> Foo
     # ZeRO keeps a copy of the weights of its shard, also where they are fp32 already
     states = 8.0 * count + (4.0 * count if network.precision == "bf16" or stage > 0 else 0.0)
     # one communication buffer where there is someone to talk to
-    buffers = element * float(min(count, BUCKET_ELEMENTS)) if shards > 1 else 0.0
+    bucket = float(max(BUCKET_MIN, min(count // BUCKETS, BUCKET_MAX)) if stage else min(count, BUCKET_PLAIN))
+    buffers = element * bucket if shards > 1 else 0.0
+    shard_gradient = 4.0 * count / shards if stage >= 1 else 0.0  # in fp32, as the optimiser reads it
     if stage >= 1:
         states /= shards
-    if network.precision == "bf16":  # the shard's gradient in fp32
-        buffers += 4.0 * count / shards
     if stage >= 2:
         gradients /= shards
+    gathered = element * min(float(count), activations.largest_block + bucket)
     if stage == 3:
-        weights = weights / shards + 2.0 * element * activations.largest_block
+        weights = weights / shards + gathered
+    host = 0.0
     if choice.zero_offload != "none":
-        states, buffers = 0.0, buffers - (4.0 * count / shards if network.precision == "bf16" else 0.0)
+        host = states + 2 * shard_gradient  # where it is gathered, and where the optimiser reads it
+        states, shard_gradient = 0.0, 0.0
     if choice.zero_offload == "parameters":
-        weights = 2.0 * element * activations.largest_block
+        host += float(element * count) / shards
+        weights = gathered
+    buffers += shard_gradient
     kept = [choice.micro_batch * image + fixed for image, fixed in activations.kept]
     work = [choice.micro_batch * image for image in activations.work]
     # The backward pass frees stages from the last on; the worst moment is the most of what is left plus work.
     moments = [sum(kept[: index + 2]) + needed for index, needed in enumerate(work)]
     worst = max(moments[-1] + kept[-1], *moments)
     workspace = max(work[moments.index(max(moments))], 0.0)
-    return Footprint(weights, gradients, states, buffers, worst - workspace, workspace)
+    return Footprint(weights, gradients, states, buffers, worst - workspace, workspace, host)

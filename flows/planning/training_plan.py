@@ -113,6 +113,8 @@ def describe(plan: Plan, network: Network, memory_gb: float) -> list[str]:
     for name in ("weights", "gradients", "states", "buffers", "activations", "workspace"):
         lines.append(f"  {name:<24} {getattr(needs, name) / GIB:8.2f}")
     lines.append(f"  {'total with reserve':<24} {needs.total / GIB:8.2f}  of {memory_gb:g}")
+    if needs.host:
+        lines.append(f"  {'of the host besides':<24} {needs.host / GIB:8.2f}")
     if plan.rejected:
         lines += ["", "tried before and too large, GiB with one image per device"]
         lines += [f"  {_name(choice):<58} {total:8.1f}" for choice, total in plan.rejected[-8:]]

@@ -79,6 +79,7 @@ class Pretext(ABC):
             image_size=self.params.model.image_size,
             patch_size=self.params.model.patch_size,
             window_size=self.params.model.window_size,
+            mlp_norm=self.params.model.mlp_norm,
             drop_path=drop_path,
             activation_checkpointing=self.settings.training.activation_checkpointing,
             attention_chunk=self.settings.training.attention_chunk,

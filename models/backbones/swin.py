@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,9 @@ from models.backbones.layers import (
 )
 from models.backbones.window_attention import BiasedWindowAttention
 from models.backbones.windows import MASKED_LOGIT, WindowGeometry, WindowRule
+from models.batch_norm import TokenBatchNorm
 
+MlpNorm = Literal["layer", "batch"]
 PATCH_SIZE = 4
 CHUNKED_STAGES = 2  # stages whose attention may run in chunks: those with the most tokens
 
@@ -56,6 +58,7 @@ class BlockPlace:
     windows: WindowGeometry
     drop_path: float
     attention_chunk: int
+    mlp_norm: MlpNorm
 
     @property
     def shifted(self) -> bool:
@@ -83,6 +86,8 @@ class Swin(nn.Module):
         masked_logit: added to pairs across the seam of shifted windows; −100 as released, see ``windows.py``.
         pretrained_windows: ``window_sizes`` of the model these weights were pretrained in; 0 = same as here.
             V2 only: V1 has a table per window, which ``resize_bias_table`` transfers.
+        mlp_norm: the norm before each MLP, ``layer`` or ``batch`` (over all tokens of all processes); V1
+            only, and without activation checkpointing, which would count each batch twice.
         stage_norms: give each map of ``feature_maps`` a LayerNorm of its own (``norm0``, ``norm1``, …), as
             the released detectors do.
 
@@ -113,6 +118,7 @@ class Swin(nn.Module):
         window_rule: WindowRule = "shrink",
         masked_logit: float = MASKED_LOGIT,
         pretrained_windows: Sequence[int] | None = None,
+        mlp_norm: MlpNorm = "layer",
         stage_norms: bool = False,
     ) -> None:
         super().__init__()
@@ -136,6 +142,11 @@ class Swin(nn.Module):
         self.patch_embed = PatchEmbed(patch_size, size.embed_dim, in_channels)
         rates = iter(drop_path_rates(drop_path, self.num_layers))
         recompute = stages_chosen(activation_checkpointing, stages)
+        if mlp_norm == "batch" and any(recompute):
+            raise ValueError(
+                "mlp_norm 'batch' and activation_checkpointing exclude each other: a recomputed batch norm "
+                "would count its batch twice."
+            )
         layers: list[Stage] = []
         grid = -(-image_size // patch_size)
         for stage, depth in enumerate(size.depths):
@@ -149,6 +160,7 @@ class Swin(nn.Module):
                     windows=windows,
                     drop_path=next(rates),
                     attention_chunk=attention_chunk if stage < CHUNKED_STAGES else 0,
+                    mlp_norm=mlp_norm,
                 )
                 for index in range(depth)
             ]
@@ -301,7 +313,7 @@ class SwinBlock(nn.Module):
     attn: BiasedWindowAttention
     norm1: nn.LayerNorm
     mlp: Mlp
-    norm2: nn.LayerNorm
+    norm2: nn.LayerNorm | TokenBatchNorm
     drop_path: DropPath
 
     def __init__(self, attn: BiasedWindowAttention, dim: int, *, shifted: bool, drop_path: float) -> None:

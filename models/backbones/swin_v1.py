@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from models.backbones.layers import PatchMerging
-from models.backbones.swin import BlockPlace, Swin, SwinBlock, SwinSize
+from models.backbones.swin import BlockPlace, MlpNorm, Swin, SwinBlock, SwinSize
 from models.backbones.window_attention import BiasedWindowAttention
 from models.backbones.windows import WindowGeometry
+from models.batch_norm import TokenBatchNorm
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class SwinV1(Swin):
             shifted=place.shifted,
             drop_path=place.drop_path,
             attention_chunk=place.attention_chunk,
+            mlp_norm=place.mlp_norm,
         )
 
     def _make_merging(self, dim: int) -> PatchMerging:
@@ -48,7 +50,10 @@ class SwinV1(Swin):
 
 
 class PreNormBlock(SwinBlock):
-    """x + DropPath(attention(norm1(x))), then x + DropPath(mlp(norm2(x))) (section 3.2)."""
+    """x + DropPath(attention(norm1(x))), then x + DropPath(mlp(norm2(x))) (section 3.2).
+
+    With ``mlp_norm="batch"`` norm2 is a batch norm, which MoBY found to help (arXiv 2105.04553, section 4).
+    """
 
     def __init__(
         self,
@@ -59,9 +64,12 @@ class PreNormBlock(SwinBlock):
         shifted: bool,
         drop_path: float,
         attention_chunk: int = 0,
+        mlp_norm: MlpNorm = "layer",
     ) -> None:
         attention = TableWindowAttention(dim, num_heads, window, attention_chunk)
         super().__init__(attention, dim, shifted=shifted, drop_path=drop_path)
+        if mlp_norm == "batch":
+            self.norm2 = TokenBatchNorm(dim)
 
     def forward(self, x: Tensor, windows: WindowGeometry, shift_mask: Tensor | None) -> Tensor:
         x = x + self.drop_path(self.attn(self.norm1(x), windows, shift_mask if self.shifted else None))

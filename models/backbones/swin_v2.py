@@ -29,6 +29,8 @@ class SwinV2(Swin):
     """Swin Transformer V2 backbone; the arguments and attributes are those of ``Swin``."""
 
     def _make_block(self, size: SwinSize, place: BlockPlace) -> Block:
+        if place.mlp_norm != "layer":
+            raise ValueError("mlp_norm is for Swin V1: V2 has its norms after the MLPs.")
         period = size.extra_norm_period if isinstance(size, SwinV2Size) else 0
         return Block(
             place.dim,

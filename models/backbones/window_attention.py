@@ -216,8 +216,14 @@ def _attend_in_chunks(
 
 
 def _inverse_norm(x: Tensor) -> Tensor:
-    """1/‖x‖ along the last axis (kept), 0 where ‖x‖ < MIN_NORM: value and gradient are finite everywhere."""
+    """1/‖x‖ along the last axis (kept), 0 where ‖x‖ < MIN_NORM: value and gradient are finite everywhere.
+
+    A traced graph has no gradients to bound and takes 1/MIN_NORM there: times x it is 0 for the zero vector
+    too, and the comparisons would cost ONNX Runtime 6 % (fp32) to 10 % (int8) of its time.
+    """
     square = (x * x).sum(dim=-1, keepdim=True)
+    if _is_traced():
+        return torch.rsqrt(square.clamp(min=MIN_NORM**2))
     is_zero = square < MIN_NORM**2
     return torch.rsqrt(square.masked_fill(is_zero, 1.0)).masked_fill(is_zero, 0.0)
 

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.backbones.interface import Backbone
-from models.pretext.batch_norm import SyncBatchNorm1d, move_only, world_size
+from models.batch_norm import SyncBatchNorm1d, move_only, world_size
 
 
 class MoBYOutput(NamedTuple):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import models
-from models.pretext.batch_norm import SyncBatchNorm1d
+from models.batch_norm import SyncBatchNorm1d
 from models.pretext.moby import MoBY, enqueue, momentum_at
 
 
@@ -159,6 +159,37 @@ def test_drop_path_is_the_online_networks_alone() -> None:
     view = views()[0].repeat(1, 1, 2, 2)
     torch.testing.assert_close(model._keys(view), model._keys(view))
     assert not torch.allclose(model._queries(view), model._queries(view))
+
+
+def test_batch_norm_before_the_mlps_is_over_all_tokens_and_each_network_keeps_its_own() -> None:
+    def backbone() -> models.SwinV1:
+        made = models.create("swin_v1_pico", image_size=16, window_size=4, patch_size=2, mlp_norm="batch")
+        assert isinstance(made, models.SwinV1)
+        return made
+
+    model = small(backbone(), backbone(), momentum=0.5).train()
+    block = model.backbone.get_submodule("layers.0.blocks.0")
+    tokens = torch.randn(3, 8, 8, 64) * 3 + 1
+    norm, reference = block.get_submodule("norm2"), nn.BatchNorm2d(64)
+    torch.testing.assert_close(norm(tokens), reference(tokens.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+    torch.testing.assert_close(norm.running_var, reference.running_var)
+    view_1, view_2 = torch.randn(2, 4, 3, 16, 16)
+    model(view_1, view_2).loss.backward()
+    target = model.target_backbone.get_submodule("layers.0.blocks.0.norm2")
+    assert target.running_mean.abs().sum() > 0
+    assert not torch.allclose(target.running_mean, norm.running_mean), "its own, not the online network's"
+    assert norm.weight.grad is not None
+    assert norm.weight.grad.abs().sum() > 0
+
+
+def test_batch_norm_before_the_mlps_is_refused_where_it_makes_no_sense() -> None:
+    for name, problem in (("swin_v2_pico", "is for Swin V1"), ("vit_pico", "mlp_norm cannot be set")):
+        with pytest.raises(ValueError, match=problem):
+            models.create(name, image_size=32, window_size=4, mlp_norm="batch")
+    with pytest.raises(ValueError, match="would count its batch twice"):
+        models.create(
+            "swin_v1_pico", image_size=32, window_size=4, mlp_norm="batch", activation_checkpointing=1
+        )
 
 
 def test_batch_norm_of_one_process_is_that_of_torch() -> None:

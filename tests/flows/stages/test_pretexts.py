@@ -21,7 +21,7 @@ from flows.errors import ConfigError, Interrupted
 from flows.stage import Stage
 from flows.stages import evaluate, finetune, pretrain
 from flows.training import initialize_processes
-from models.pretext.batch_norm import SyncBatchNorm1d
+from models.batch_norm import SyncBatchNorm1d
 from models.pretext.moby import gather
 
 TRAINING = {

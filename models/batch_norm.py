@@ -66,6 +66,13 @@ class SyncBatchNorm1d(nn.BatchNorm1d):
         return self
 
 
+class TokenBatchNorm(SyncBatchNorm1d):
+    """(…, C) → (…, C): a channel's statistics are over all tokens of all images."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.reshape(-1, x.shape[-1])).reshape(x.shape)
+
+
 def move_only(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """What ``nn.Module._apply`` would do with ``fn``, without a change of dtype."""
 
