@@ -9,7 +9,6 @@ Nothing is trained here: `trunkline study run` fills the table. By hand: `python
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,19 @@ from flows.params import Params, flatten
 from flows.stage import Stage, run_stage
 from flows.studies.analysis import AnalysisSettings
 from flows.studies.outputs import write_study
+
+GROUPS = ("all", "below_boundary", "at_or_above_boundary")
+SHOWN = {
+    **{
+        f"{kind}_{group}": f"correlations.{group}.{kind}"
+        for group in GROUPS
+        for kind in ("pearson", "spearman")
+    },
+    **{f"exponent_{name}": f"fit.exponents.{name}.value" for name in ("parameters", "images", "iterations")},
+    "fit_rmse": "fit.rmse",
+    "held_out_error": "held_out.errors.mean_absolute",
+}
+"""Metric to its place in analysis.json."""
 
 
 def run(params: Params, stage: Stage) -> None:
@@ -41,18 +53,17 @@ def run(params: Params, stage: Stage) -> None:
 
 
 def pick_metrics(found: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of analysis.json that `dvc metrics diff` should show; no lists, nothing unknown."""
+    """The numbers of analysis.json that `dvc metrics diff` should show; what is not known is not there."""
     metrics = {
         "cells": found["cells"],
         "left_out": len(found["left_out"]),
         "series": found["series"],
         "overfitted_series": len(found["overfitted"]),
     }
-    for name in ("correlations", "fit", "held_out"):
-        for key, value in flatten({name: found[name] or {}}).items():
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if is_number and math.isfinite(value) and "by_model" not in key:
-                metrics[key] = value
+    flat = flatten({name: found[name] or {} for name in ("correlations", "fit", "held_out")})
+    for name, key in SHOWN.items():
+        if (value := flat.get(key)) is not None:
+            metrics[name] = value
     return metrics
 
 

@@ -2,10 +2,10 @@
 
 Choices are the models of the table. Each gets the length that the budget pays for, at most the longest in the
 table: what lies beyond is said, not extrapolated. Where the table does not show that such a training is safe
-from overfitting, the model's longest one that it does show safe is a choice too. One that the table shows to
-overfit is not advised: some cell with no larger model, no fewer images and no longer training has passed its
-minimum, or lies far above the law. The law (scaling_law) ranks the others; its resampled copies tell how sure
-the ranking is.
+from overfitting, the model's longest one that it does show safe is a choice too. The table shows overfitting
+if some cell with no larger model, no fewer images and no longer training has passed its minimum, or lies far
+above the law; safety, if a cell with no smaller model, no more images and no shorter training has not. Safe
+choices are advised before others. The law (scaling_law) ranks them; its resampled copies tell how surely.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from flows.studies.scaling_law import FACTORS, Fit
 Risk = Literal["no", "yes", "unknown"]
 Gain = tuple[float, tuple[float, float]]
 """By how much the predicted loss falls, and its 95 % interval."""
+WELL_ABOVE = 3
 FAR_ABOVE = 4
 """A loss so many root mean square errors above the law is no noise but overfitting."""
 RUNGS = 7
@@ -57,7 +58,7 @@ class Choice:
     loss: float
     interval: tuple[float, float]
     share: float
-    """Of the resampled laws, those that find it best among the choices that do not overfit."""
+    """Of the resampled laws, those that find it best among the choices that may be advised."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,10 @@ class Advice:
     costs: Costs
     choices: tuple[Choice, ...]
     best: Choice | None
-    """The lowest predicted loss among choices that are not known to overfit."""
-    safe: Choice | None
-    """The same among those that the table shows not to overfit."""
+    """The lowest predicted loss among choices that the table shows not to overfit; where there is none, among
+    those of which it shows nothing."""
+    open: Choice | None
+    """A still lower one of which the table does not show whether it overfits."""
     twice_the_images: Gain | None
     """By how much the best choice for twice the images is better."""
     twice_the_budget: Gain | None
@@ -107,7 +109,7 @@ def advise(fit: Fit, cells: Sequence[Cell], budget: float, images: float, batch_
     costs = count_costs(cells, batch_size)
     choices = _choose(fit, cells, costs, budget, images)
     best = _best(choices)
-    safe = _best([choice for choice in choices if choice.overfits == "no"])
+    better = _open(choices, best)
     twice_images = twice_budget = None
     if best:
         if "images" in fit.law.factors:
@@ -123,11 +125,11 @@ def advise(fit: Fit, cells: Sequence[Cell], budget: float, images: float, batch_
         costs,
         choices,
         best,
-        safe,
+        better,
         twice_images,
         twice_budget,
         _judge_more_data(fit, choices, best, images, twice_images),
-        _limits(cells, costs, budget, images, best, safe),
+        _limits(fit, cells, costs, budget, images, best, better),
     )
 
 
@@ -199,8 +201,7 @@ def _choose(
             taken.append((size, name, shorter[-1], "no"))
     losses = _predict(fit, [(size, images, steps) for size, _, steps, _ in taken])
     covered = [steps >= 0.999 * lengths[0] for _, _, steps, _ in taken]
-    open_ones = [at for at, (*_, risk) in enumerate(taken) if risk != "yes"]
-    pool = [at for at in open_ones if covered[at]] or open_ones
+    pool = _pool([(is_covered, risk) for is_covered, (*_, risk) in zip(covered, taken, strict=True)])
     wins = np.zeros(len(taken))
     if pool:
         best = np.array(pool)[losses[1:, pool].argmin(axis=1)]
@@ -230,11 +231,27 @@ def _predict(fit: Fit, points: Sequence[tuple[float, float, float]]) -> np.ndarr
     return np.array([law.predict_at(values, corpora) for law in (fit.law, *fit.draws)])
 
 
+def _pool(choices: Sequence[tuple[bool, Risk]]) -> list[int]:
+    """Which of (covered, overfits) may be advised: those shown safe; if none is, those of which nothing is
+    shown; within each, those of lengths that the table covers."""
+    for risk in ("no", "unknown"):
+        for is_covered in (True, False):
+            found = [at for at, choice in enumerate(choices) if choice == (is_covered, risk)]
+            if found:
+                return found
+    return []
+
+
 def _best(choices: Sequence[Choice]) -> Choice | None:
-    """The lowest loss among choices that do not overfit, covered ones first; None if all overfit."""
-    open_ones = [choice for choice in choices if choice.overfits != "yes"]
-    covered = [choice for choice in open_ones if choice.is_covered]
-    return min(covered or open_ones, key=lambda choice: choice.loss, default=None)
+    """The lowest loss among those that may be advised; None if all overfit."""
+    pool = _pool([(choice.is_covered, choice.overfits) for choice in choices])
+    return min((choices[at] for at in pool), key=lambda choice: choice.loss, default=None)
+
+
+def _open(choices: Sequence[Choice], best: Choice | None) -> Choice | None:
+    """A better choice of which the table does not show whether it overfits."""
+    found = [c for c in choices if c.overfits == "unknown" and c.is_covered and best and c.loss < best.loss]
+    return min(found, key=lambda choice: choice.loss, default=None)
 
 
 def _gain(fit: Fit, now: tuple[Choice, float], then: tuple[Choice, float]) -> Gain:
@@ -273,12 +290,13 @@ def _judge_more_data(
 
 
 def _limits(
+    fit: Fit,
     cells: Sequence[Cell],
     costs: Costs,
     budget: float,
     images: float,
     best: Choice | None,
-    safe: Choice | None,
+    better: Choice | None,
 ) -> tuple[str, ...]:
     found = []
     if budget > 1.001 * costs.dearest:
@@ -309,11 +327,29 @@ def _limits(
         found.append(f"this spends {100 * spent:.0f} % of the budget: {why}")
     if best.overfits == "unknown":
         found.append(f"no cell shows whether {best.model} overfits with so few images at that length")
-        if safe:
-            found[-1] += (
-                f"; {safe.model} for {safe.iterations:,.0f} iterations ({safe.loss:.4f}) is shown not to"
-            )
+    elif better:
+        found.append(
+            f"{better.model} for {better.iterations:,.0f} iterations would reach {better.loss:.4f} if it does"
+            " not overfit with so few images, which no cell shows"
+        )
+    if warning := _compare_with_neighbour(fit, cells, images, best):
+        found.append(warning)
     sizes = [cell.parameters for cell in cells]
     if best.parameters == max(sizes) and len(set(sizes)) > 1 and not math.isclose(min(sizes), max(sizes)):
         found.append(f"{best.model} is the largest model of the table: a larger one may be better still")
     return tuple(found)
+
+
+def _compare_with_neighbour(fit: Fit, cells: Sequence[Cell], images: float, best: Choice) -> str:
+    """A warning if the nearest cell of the same model, at most half as much again away, lies well above the
+    law: overfitting may have begun there without having turned its series."""
+
+    def distance(cell: Cell) -> float:
+        away = (math.log(cell.images / images), math.log(cell.iterations / best.iterations))
+        return max(abs(value) for value in away)
+
+    near = min((cell for cell in cells if cell.model == best.model), key=distance)
+    missed = near.loss - float(fit.law.predict([near])[0])
+    if distance(near) > math.log(1.5) or missed < WELL_ABOVE * fit.rmse:
+        return ""
+    return f"the nearest cell, {near.label}, has {near.loss:.4f}, {missed:.4f} more than the law says"

@@ -7,7 +7,7 @@ so that nothing missing is taken for a zero.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from flows.errors import ConfigError
@@ -75,6 +75,8 @@ class Analysis:
     correlations: dict[str, Correlation]
     """`all`, `below_boundary`, `at_or_above_boundary`."""
     correlations_by_model: dict[str, Correlation]
+    correlations_by_loss: dict[str, Correlation]
+    """Of accuracy with other validation losses, on the cells that have them all: does the choice matter?"""
     fit: Fit | None
     fit_absent: str
     held_out: HeldOut | None
@@ -154,6 +156,7 @@ def analyse(table: Table, settings: AnalysisSettings) -> Analysis:
             name: correlations.correlate([c for c in cells if c.model == name], settings.draws, settings.seed)
             for name in dict.fromkeys(found.model for found in series.values())
         },
+        _compare_losses(cells, settings),
         fit,
         fit_absent,
         main,
@@ -174,6 +177,29 @@ def _correlate(
         found["below_boundary"] = correlations.correlate(below, settings.draws, settings.seed)
         found["at_or_above_boundary"] = correlations.correlate(above, settings.draws, settings.seed)
     return found
+
+
+LOSSES = {
+    "validation_loss": "the validation loss",
+    "validation_loss_drop_path": "with drop path on",
+    "validation_loss_crops": "on random crops",
+}
+
+
+def _compare_losses(cells: Sequence[Cell], settings: AnalysisSettings) -> dict[str, Correlation]:
+    """Per loss that the table has; empty if there is one only."""
+    given = [name for name in LOSSES if any(getattr(cell, name) is not None for cell in cells)]
+    same = [cell for cell in cells if all(getattr(cell, name) is not None for name in given)]
+    if len(given) < 2 or not same:
+        return {}
+    return {
+        name: correlations.correlate(
+            [replace(cell, validation_loss=getattr(cell, name)) for cell in same],
+            settings.draws,
+            settings.seed,
+        )
+        for name in given
+    }
 
 
 def _question(cells: Sequence[Cell], fit: Fit, settings: AnalysisSettings) -> tuple[float, float, float]:
@@ -239,6 +265,7 @@ def to_dict(analysis: Analysis) -> dict[str, Any]:
         "conclusions": words.conclude(analysis),
         "correlations": {
             **{name: asdict(found) for name, found in analysis.correlations.items()},
+            "by_loss": {name: asdict(found) for name, found in analysis.correlations_by_loss.items()},
             "by_model": {name: asdict(found) for name, found in analysis.correlations_by_model.items()},
         },
         "boundary": asdict(analysis.boundary) if analysis.boundary else None,

@@ -6,7 +6,7 @@ Conclusions first, each with its figures; then pictures, the advice, tables, the
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -14,9 +14,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from flows import markup
-from flows.plots import write_count
+from flows.plots import format_duration, write_count
 from flows.studies import figures, words
-from flows.studies.analysis import Analysis, Judged
+from flows.studies.analysis import LOSSES, Analysis, Judged
 from flows.studies.held_out import HeldOut
 from flows.studies.overfitting import MEANING
 from flows.studies.scaling_law import FACTORS
@@ -55,6 +55,8 @@ def render_page(analysis: Analysis) -> str:
         pictures=pictures,
         groups=GROUPS,
         models=sorted({(found.cell.parameters, found.cell.model) for found in analysis.cells}),
+        losses=LOSSES,
+        costs=_costs(analysis),
         grid=_grid(analysis),
         factors=FACTORS,
         factor_names=words.FACTOR_NAMES,
@@ -114,6 +116,29 @@ def _tiles(analysis: Analysis) -> list[dict[str, str]]:
             }
         )
     return tiles
+
+
+def _costs(analysis: Analysis) -> list[dict[str, Any]]:
+    """Columns of what cells cost, as far as the table has them: heading, value per cell, sum."""
+    columns: list[tuple[str, str, Callable[[float], str], bool]] = [
+        ("flops", "FLOPs", lambda value: f"{value:.2e}", True),
+        ("seconds", "time", format_duration, True),
+        ("device_hours", "device-hours", lambda value: f"{value:.3g}", True),
+        ("peak_memory_bytes", "memory", markup.format_size, False),
+    ]
+    shown = []
+    for name, heading, write, is_summed in columns:
+        values = [getattr(found.cell, name) for found in analysis.cells]
+        known = [value for value in values if value is not None]
+        if known:
+            shown.append(
+                {
+                    "heading": heading,
+                    "values": ["" if value is None else write(value) for value in values],
+                    "total": write(sum(known)) if is_summed else f"at most {write(max(known))}",
+                }
+            )
+    return shown
 
 
 def _grid(analysis: Analysis) -> list[dict[str, Any]]:

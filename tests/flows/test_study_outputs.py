@@ -55,7 +55,13 @@ def folder(tmp_path_factory) -> Path:
     """The published cells with a train loss, one cell left out, and a name that could break a page."""
     path = tmp_path_factory.mktemp("study")
     cells = [
-        replace(cell, train_loss=cell.loss - 0.01, model="S<script>" if cell.model == "S" else cell.model)
+        replace(
+            cell,
+            train_loss=cell.loss - 0.01,
+            validation_loss_crops=1.1 * cell.loss,
+            seconds=90.0,
+            model="S<script>" if cell.model == "S" else cell.model,
+        )
         for cell in read_cells(PUBLISHED).cells
     ]
     cells[20] = replace(cells[20], validation_loss=float("nan"))
@@ -96,6 +102,8 @@ def test_page_is_whole_and_asks_for_nothing(folder):
     assert "NaN" not in text
     assert len(re.findall(r"<title>", text)) > 63  # every mark says what it is
     assert text.count("<svg") == 5
+    assert "on random crops" in text
+    assert "1 h 33 min" in text  # 62 cells of 90 s
 
 
 def test_table_has_the_verdicts_and_every_row(folder):
