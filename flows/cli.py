@@ -25,6 +25,10 @@ app.add_typer(serve_app, name="serve")
 plan_app = typer.Typer(no_args_is_help=True, help="Say beforehand what something needs.")
 app.add_typer(plan_app, name="plan")
 app.add_typer(study_app, name="study")
+import_app = typer.Typer(no_args_is_help=True, help="Turn published language models into Hugging Face folders.")
+app.add_typer(import_app, name="import")
+export_app = typer.Typer(no_args_is_help=True, help="Turn models into what the servers open.")
+app.add_typer(export_app, name="export")
 
 
 @app.command()
@@ -406,6 +410,35 @@ def convert(
         max_gb=max_gb,
     )
     print("\n".join(lines))
+
+
+@import_app.command("llama2c")
+def import_llama2c(
+    checkpoint: Annotated[Path, typer.Argument(metavar="FILE", help="llama2.c model, version 0 (.bin)")],
+    tokenizer: Annotated[Path, typer.Argument(metavar="TOKENIZER", help="its tokenizer (.bin)")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="folder to write, as Hugging Face has them")],
+    force: Annotated[bool, typer.Option("--force", help="replace OUT")] = False,
+) -> None:
+    """Make a Hugging Face folder of a llama2.c model and its tokenizer."""
+    from flows.language import import_llama2c as import_model
+
+    print("\n".join(import_model(checkpoint, tokenizer, target, force=force)))
+
+
+@export_app.command("language")
+def export_language(
+    model: Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="decoder, as Hugging Face has them")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="bundle to write: a folder")],
+    opset: Annotated[int, typer.Option(min=18, max=23, help="version of ONNX's operators")] = 20,
+    tolerance: Annotated[
+        float, typer.Option(min=0.0, help="most that a logit may differ from the model's, or nothing is written")
+    ] = 1e-4,
+    force: Annotated[bool, typer.Option("--force", help="replace OUT")] = False,
+) -> None:
+    """Cut a decoder at its attention into ONNX slices for Lamina, and check them against the model."""
+    from flows.language import export_language as export_model
+
+    export_model(model, target, opset=opset, tolerance=tolerance, force=force)
 
 
 @app.command()

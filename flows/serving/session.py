@@ -10,9 +10,9 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -137,6 +137,26 @@ def _open_best(path: Path, threads: int) -> Session:
 
 
 def _open(path: Path, providers: list[str], threads: int) -> Session:
+    runtime = open_runtime(path, providers, threads)
+    if LOGITS not in (names := [output.name for output in runtime.get_outputs()]):
+        raise DataError(f"{path} has no output {LOGITS!r}, only {', '.join(names)}; export the model again")
+    return Session(runtime, path, threads)
+
+
+def open_runtime(
+    path: Path,
+    providers: list[str],
+    threads: int,
+    initializers: Mapping[str, NDArray[Any]] | None = None,
+) -> onnxruntime.InferenceSession:
+    """The bare session of a graph with any inputs and outputs, on exactly the providers asked for.
+
+    Args:
+        initializers: values for weights that the file keeps outside. They are not copied.
+
+    Raises:
+        ConfigError, ResourceError, DataError: as `open_session`.
+    """
     _check_known(providers)
     present = onnxruntime.get_available_providers()
     if missing := [provider for provider in providers if provider not in present]:
@@ -150,6 +170,9 @@ def _open(path: Path, providers: list[str], threads: int) -> Session:
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 4  # its warnings come back as errors below
+    if initializers:
+        values = [onnxruntime.OrtValue.ortvalue_from_numpy(value) for value in initializers.values()]
+        options.add_external_initializers(list(initializers), values)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -160,15 +183,13 @@ def _open(path: Path, providers: list[str], threads: int) -> Session:
             )
     except Exception as error:  # the runtime's exception types share no base class
         raise DataError(f"ONNX Runtime cannot load {path}: {' '.join(str(error).split())[:300]}") from None
-    if LOGITS not in (names := [output.name for output in runtime.get_outputs()]):
-        raise DataError(f"{path} has no output {LOGITS!r}, only {', '.join(names)}; export the model again")
     granted = runtime.get_providers()
     if granted != providers and granted != [*providers, CPU]:
         raise ResourceError(
             f"asked for {', '.join(providers)}, got {', '.join(granted)}: the provider's libraries or device "
             "cannot be used here; repair the installation or change `providers`"
         )
-    return Session(runtime, path, threads)
+    return runtime
 
 
 def _check_known(providers: list[str]) -> None:
