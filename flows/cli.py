@@ -25,7 +25,9 @@ app.add_typer(serve_app, name="serve")
 plan_app = typer.Typer(no_args_is_help=True, help="Say beforehand what something needs.")
 app.add_typer(plan_app, name="plan")
 app.add_typer(study_app, name="study")
-import_app = typer.Typer(no_args_is_help=True, help="Turn published language models into Hugging Face folders.")
+import_app = typer.Typer(
+    no_args_is_help=True, help="Turn published language models into Hugging Face folders."
+)
 app.add_typer(import_app, name="import")
 export_app = typer.Typer(no_args_is_help=True, help="Turn models into what the servers open.")
 app.add_typer(export_app, name="export")
@@ -431,7 +433,8 @@ def export_language(
     target: Annotated[Path, typer.Argument(metavar="OUT", help="bundle to write: a folder")],
     opset: Annotated[int, typer.Option(min=18, max=23, help="version of ONNX's operators")] = 20,
     tolerance: Annotated[
-        float, typer.Option(min=0.0, help="most that a logit may differ from the model's, or nothing is written")
+        float,
+        typer.Option(min=0.0, help="most that a logit may differ from the model's, or nothing is written"),
     ] = 1e-4,
     force: Annotated[bool, typer.Option("--force", help="replace OUT")] = False,
 ) -> None:

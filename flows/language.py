@@ -54,7 +54,8 @@ def import_llama2c(checkpoint: Path, tokenizer: Path, target: Path, *, force: bo
         files.write_json(folder / "config.json", {**config.to_dict(), **ends, "dtype": "float32"})
         # A text of llama2.c ends where the next one begins.
         files.write_json(
-            folder / "generation_config.json", {"bos_token_id": BEGIN, "eos_token_id": [BEGIN, END], "do_sample": False}
+            folder / "generation_config.json",
+            {"bos_token_id": BEGIN, "eos_token_id": [BEGIN, END], "do_sample": False},
         )
         files.write_json(folder / "tokenizer.json", describe_tokenizer(vocabulary))
         files.write_json(folder / "tokenizer_config.json", _tokenizer_config(config))
@@ -157,7 +158,12 @@ def export_language(source: Path, target: Path, *, opset: int, tolerance: float,
     from flows.serving.lamina.slices.export import export_bundle
 
     bundle = export_bundle(
-        source, target, opset=opset, tolerance=tolerance, force=force, say=lambda line: print(line, flush=True)
+        source,
+        target,
+        opset=opset,
+        tolerance=tolerance,
+        force=force,
+        say=lambda line: print(line, flush=True),
     )
     manifest = bundle.manifest
     kept = max(step.context_bytes_per_row for step in manifest.steps)

@@ -159,7 +159,9 @@ def read_tokenizer(content: bytes | memoryview, size: int) -> Vocabulary:
         Llama2cError: truncated, of another size, or not a tokenizer with bytes as tokens 3 to 258.
     """
     if size <= BYTES[-1]:
-        raise Llama2cError(f"cannot belong to a model of {size} tokens: bytes and marks alone are {BYTES[-1] + 1}")
+        raise Llama2cError(
+            f"cannot belong to a model of {size} tokens: bytes and marks alone are {BYTES[-1] + 1}"
+        )
     if len(content) < 4:
         raise Llama2cError("is truncated: it has no header")
     (longest,) = struct.unpack_from("<i", content)
@@ -183,7 +185,9 @@ def read_tokenizer(content: bytes | memoryview, size: int) -> Vocabulary:
         tokens.append(token.replace(" ", SPACE))
         scores.append(score)
     if len(tokens) < size:
-        raise Llama2cError(f"has {len(tokens)} tokens, the model {size}; it belongs to another model or is truncated")
+        raise Llama2cError(
+            f"has {len(tokens)} tokens, the model {size}; it belongs to another model or is truncated"
+        )
     for number in BYTES:
         if tokens[number] != f"<0x{number - BYTES[0]:02X}>":
             raise Llama2cError(f"has {tokens[number]!r} as token {number}, where the byte should be")

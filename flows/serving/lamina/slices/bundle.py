@@ -184,7 +184,9 @@ def _read_manifest(path: Path) -> Manifest:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not a usable manifest: {error}; {AGAIN}") from None
     if not isinstance(value, dict) or value.get("kind") != "lamina":
-        raise DataError(f"{path} is not the manifest of a language model; make one: trunkline export language")
+        raise DataError(
+            f"{path} is not the manifest of a language model; make one: trunkline export language"
+        )
     if value.get("format") != FORMAT:
         raise DataError(
             f"{path} has format {value.get('format')!r}, this version reads {FORMAT}; {AGAIN} with it"

@@ -16,7 +16,14 @@ from flows import files
 from flows.errors import ConfigError, DataError
 from flows.serving.lamina.slices import bundle as bundles
 from flows.serving.lamina.slices import cutting, programs, tracing
-from flows.serving.lamina.slices.bundle import Bundle, HashedFile, LayerAttention, Manifest, Parity, TensorSpec
+from flows.serving.lamina.slices.bundle import (
+    Bundle,
+    HashedFile,
+    LayerAttention,
+    Manifest,
+    Parity,
+    TensorSpec,
+)
 from flows.serving.lamina.slices.loading import TOKENIZER_FILES, Decoder, load_decoder
 from flows.serving.lamina.slices.onnx_graphs import WeightFiles, export_program, write_graph
 from flows.serving.lamina.slices.parity import measure_parity
@@ -68,7 +75,9 @@ def export_bundle(
         f"({tolerance:g} allowed), same greedy token at {parity.argmax_agreement:.2%}"
     )
     if not parity.covers_windows:
-        say(f"not checked: contexts beyond a sliding window; {parity.longest_context} tokens were the longest")
+        say(
+            f"not checked: contexts beyond a sliding window; {parity.longest_context} tokens were the longest"
+        )
     return bundles.read_bundle(target)
 
 
@@ -153,7 +162,9 @@ def _describe(
     first = trace.markers[0]
     shapes = {(marker.heads, marker.kv_heads, marker.head_size) for marker in trace.markers}
     if len(shapes) > 1:
-        raise DataError(f"{source} has layers with different heads, which Lamina does not serve: {sorted(shapes)}")
+        raise DataError(
+            f"{source} has layers with different heads, which Lamina does not serve: {sorted(shapes)}"
+        )
     tokenizer = []
     for file in TOKENIZER_FILES:
         if (source / file).is_file():
@@ -180,7 +191,9 @@ def _describe(
         "bos_token_id": config.bos_token_id,
         "eos_token_ids": tuple(end if isinstance(end, list) else [] if end is None else [end]),
         "attention": tuple(
-            LayerAttention(layer=marker.layer, scale=marker.scale, window=marker.window, soft_cap=marker.soft_cap)
+            LayerAttention(
+                layer=marker.layer, scale=marker.scale, window=marker.window, soft_cap=marker.soft_cap
+            )
             for marker in trace.markers
         ),
         "steps": tuple(written.steps),

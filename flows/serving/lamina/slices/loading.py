@@ -103,7 +103,9 @@ def refuse_unsupported(config: dict[str, Any], folder: Path) -> None:
     """
 
     def refuse(what: str) -> None:
-        raise DataError(f"{folder}: {config.get('model_type') or 'this model'} {what}, which Lamina does not serve")
+        raise DataError(
+            f"{folder}: {config.get('model_type') or 'this model'} {what}, which Lamina does not serve"
+        )
 
     if config.get("is_encoder_decoder"):
         refuse("has an encoder beside its decoder")

@@ -93,7 +93,9 @@ def build_steps(trace: Trace, boundaries: Sequence[Boundary]) -> list[Step]:
                         for n, node in enumerate(boundary.kept))  # fmt: skip
         made = tuple(value for value in context if value.node not in known)
         kind = "post_qx" if layer else "qx"
-        heads = tuple(Value(f"{name}_{layer}", node, True) for name, node in zip("qkv", (q, k, v), strict=True))
+        heads = tuple(
+            Value(f"{name}_{layer}", node, True) for name, node in zip("qkv", (q, k, v), strict=True)
+        )
         steps.append(_build_step(trace, layer, kind, known, heads, made, boundary, context))
         attention = Value(f"attention_{layer}", marker.node)
         known = {value.node: value for value in (attention, *context)}
@@ -158,9 +160,7 @@ def _dear_ancestors(node: fx.Node, known: dict[fx.Node, Value]) -> set[fx.Node]:
 # --- one program ------------------------------------------------------------------------------------------
 
 
-def _build_program(
-    trace: Trace, kind: str, known: dict[fx.Node, Value], outputs: Sequence[Value]
-) -> Program:
+def _build_program(trace: Trace, kind: str, known: dict[fx.Node, Value], outputs: Sequence[Value]) -> Program:
     wanted = _ancestors([value.node for value in outputs], known)
     body = [node for node in trace.graph.nodes if node in wanted]
     used = dict.fromkeys(source for node in body for source in node.all_input_nodes)  # in order of first use
@@ -242,8 +242,11 @@ def _describe(graph: fx.Graph) -> tuple[Any, ...]:
         return repr(value)
 
     return tuple(
-        (node.op, str(node.target) if node.op == "call_function" else "", plain(node.args), plain(node.kwargs))
+        (
+            node.op,
+            str(node.target) if node.op == "call_function" else "",
+            plain(node.args),
+            plain(node.kwargs),
+        )
         for node in graph.nodes
     )
-
-

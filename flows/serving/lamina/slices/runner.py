@@ -129,12 +129,19 @@ class LocalAttention:
         for row, new_k, new_v in zip(self._rows, torch.from_numpy(k), torch.from_numpy(v), strict=True):
             keys, values = self._kept.get((row.request, layer), (new_k[None][:0], new_v[None][:0]))
             keys, values = keys[: row.position], values[: row.position]
-            assert len(keys) == row.position, f"request {row.request} skips from {len(keys)} to {row.position}"
-            self._kept[row.request, layer] = (torch.cat((keys, new_k[None])), torch.cat((values, new_v[None])))
+            assert len(keys) == row.position, (
+                f"request {row.request} skips from {len(keys)} to {row.position}"
+            )
+            self._kept[row.request, layer] = (
+                torch.cat((keys, new_k[None])),
+                torch.cat((values, new_v[None])),
+            )
 
     def receive(self, layer: int) -> Floats:
         assert self._q is not None
-        outputs = [self._attend(layer, row, q) for row, q in zip(self._rows, torch.from_numpy(self._q), strict=True)]
+        outputs = [
+            self._attend(layer, row, q) for row, q in zip(self._rows, torch.from_numpy(self._q), strict=True)
+        ]
         answer: Floats = torch.stack(outputs).numpy()
         return answer
 
@@ -217,5 +224,3 @@ def _check_prompt(prompt: Sequence[int], max_tokens: int, vocabulary: int, posit
         raise ConfigError(
             f"a prompt of {len(prompt)} tokens and {max_tokens} more are over the model's {positions} positions"
         )
-
-
