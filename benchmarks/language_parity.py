@@ -55,8 +55,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": {},
     "opt": {"ffn_dim": 56, "word_embed_proj_dim": 32, "init_std": 0.2},
 }
-HEADER = ("family", "attention", "tokens", "same", "first other", "logits, max abs", "bytes kept / naive", "graphs",
-          "export s")  # fmt: skip
+HEADER = ("family", "attention", "tokens", "same", "first other", "logits, max abs", "bytes kept / naive",
+          "graphs", "export s")  # fmt: skip
 
 
 def make_model(family: str, folder: Path) -> Path:
@@ -64,12 +64,13 @@ def make_model(family: str, folder: Path) -> Path:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(SEED)
-    names = {"gpt2": {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
-                      "max_position_embeddings": "n_positions"}}.get(family, {})  # fmt: skip
+    older = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
+             "max_position_embeddings": "n_positions"}  # fmt: skip
+    names = older if family == "gpt2" else {}
     values = {
         names.get(key, key): value for key, value in (SIZES | FAMILIES[family]).items() if value is not None
     }
-    ends = {key: None for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **values, **ends))
     model.save_pretrained(folder)
     return folder
@@ -166,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     print(verdict)
     if not given.no_write:
-        title = f"# Slices against transformers, greedy, {given.tokens} tokens after each of {len(PROMPTS)} prompts"
+        title = f"# Slices against transformers: greedy, {given.tokens} tokens after {len(PROMPTS)} prompts"
         files.write_text(RESULT, "\n".join([title, "", *lines, "", verdict, ""]))
     return 1 if failed else 0
 

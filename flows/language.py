@@ -61,8 +61,9 @@ def import_llama2c(checkpoint: Path, tokenizer: Path, target: Path, *, force: bo
         files.write_json(folder / "tokenizer_config.json", _tokenizer_config(config))
     parameters = sum(tensor.numel() for tensor in weights.values())
     return [
-        f"{checkpoint}: {config.num_hidden_layers} layers of {config.hidden_size}, {config.num_attention_heads} "
-        f"query and {config.num_key_value_heads} kv heads, {parameters:,} parameters",
+        f"{checkpoint}: {config.num_hidden_layers} layers of {config.hidden_size}, "
+        f"{config.num_attention_heads} query and {config.num_key_value_heads} kv heads, "
+        f"{parameters:,} parameters",
         f"{target}: written; transformers, and trunkline export language, read it as it is",
     ]
 
@@ -98,8 +99,8 @@ def describe_tokenizer(vocabulary: Vocabulary) -> dict[str, Any]:
     """The content of a tokenizer.json: byte-pair encoding that starts at characters, falls back to bytes, and
     puts a space before the text and the begin token before that."""
     special = [
-        {"id": number, "content": vocabulary.tokens[number], "single_word": False, "lstrip": False, "rstrip": False,
-         "normalized": False, "special": True}
+        {"id": number, "content": vocabulary.tokens[number], "single_word": False, "lstrip": False,
+         "rstrip": False, "normalized": False, "special": True}
         for number in (UNKNOWN, BEGIN, END)
     ]  # fmt: skip
     begin = {"SpecialToken": {"id": "<s>", "type_id": 0}}
@@ -169,6 +170,6 @@ def export_language(source: Path, target: Path, *, opset: int, tolerance: float,
     kept = max(step.context_bytes_per_row for step in manifest.steps)
     naive = max(step.naive_bytes_per_row for step in manifest.steps)
     print(
-        f"{target}: {len(manifest.steps)} steps from {len(manifest.graphs)} graphs; a row keeps {kept:g} bytes while "
-        f"attention runs ({naive:g} without computing anything again)"
+        f"{target}: {len(manifest.steps)} steps from {len(manifest.graphs)} graphs; a row keeps "
+        f"{kept:g} bytes while attention runs ({naive:g} without computing anything again)"
     )

@@ -1,4 +1,4 @@
-"""A Llama-style decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU (arXiv 2302.13971, 2305.13245).
+"""A Llama-style decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU (arXiv 2302.13971).
 
 Parameters have the names and layouts of Hugging Face's `LlamaForCausalLM`, so a state dict of either fits the
 other. Rotary embeddings turn the halves of a head against each other (i with i + hd/2), as that layout wants;
@@ -36,13 +36,13 @@ class DecoderConfig:
     tie_word_embeddings: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                     "num_key_value_heads", "head_dim", "max_position_embeddings"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
+        for name, value in asdict(self).items():
+            if not isinstance(value, bool) and value <= 0:
+                raise ValueError(f"{name} is {value}, must be positive")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
-                f"{self.num_attention_heads} query heads do not share {self.num_key_value_heads} kv heads evenly"
+                f"{self.num_attention_heads} query heads do not share {self.num_key_value_heads} kv heads "
+                "evenly"
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}; rotary embeddings turn pairs, so it must be even")

@@ -1,4 +1,4 @@
-"""A llama2.c model of random weights and a tokenizer with real merges, as files; and the encoder of llama2.c."""
+"""A llama2.c model of random weights and a tokenizer with merges, as files; and the encoder of llama2.c."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def checkpoint(tied: bool = True, sizes: tuple[int, ...] = SIZES) -> bytes:
     ]  # fmt: skip
     shapes += [] if tied else [(vocabulary, dim)]
     numbers = b"".join(
-        torch.randn(math.prod(shape), generator=generator).numpy().tobytes() for shape in shapes
+        (torch.randn(math.prod(shape), generator=generator) / 2).numpy().tobytes() for shape in shapes
     )
     return (
         struct.pack("<7i", dim, hidden, layers, heads, kv_heads, vocabulary if tied else -vocabulary, length)

@@ -171,7 +171,8 @@ def _describe(
             shutil.copyfile(source / file, folder / file)
             tokenizer.append(_hash(folder, file))
     config = decoder.config
-    end = config.eos_token_id
+    end = decoder.model.generation_config.eos_token_id
+    end = config.eos_token_id if end is None else end
     return {
         "format": bundles.FORMAT,
         "kind": "lamina",

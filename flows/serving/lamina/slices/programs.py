@@ -173,9 +173,7 @@ def _build_program(trace: Trace, kind: str, known: dict[fx.Node, Value], outputs
 
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
-    borders = []
-    for index, value in enumerate(inputs):
-        borders.append(graph.placeholder(f"x{index}"))
+    borders = [graph.placeholder(f"x{index}") for index in range(len(inputs))]
     for index, weight in enumerate(weights):
         copies[weight] = graph.placeholder(f"w{index}")
         copies[weight].meta["val"] = weight.meta["val"]

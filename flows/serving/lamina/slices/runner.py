@@ -222,5 +222,6 @@ def _check_prompt(prompt: Sequence[int], max_tokens: int, vocabulary: int, posit
         raise ConfigError(f"a prompt has tokens outside the vocabulary of {vocabulary}")
     if len(prompt) + max_tokens > positions:
         raise ConfigError(
-            f"a prompt of {len(prompt)} tokens and {max_tokens} more are over the model's {positions} positions"
+            f"a prompt of {len(prompt)} tokens and {max_tokens} more are over the model's {positions} "
+            "positions"
         )
