@@ -5,7 +5,7 @@
 Every family with tiny random weights is exported as a user would, and two prompts are continued greedily: by
 transformers, one after the other, eager attention and a KV cache; and by the slices, both at once, prompts in
 chunks beside rows that decode. The sliding windows are shorter than the texts. Compared are all tokens, and
-the logits that each was chosen from. `--model` adds a folder of a real model.
+the logits that each was chosen from. "Distinct" says that the texts are no endless repetition. `--model` adds a folder of a real model.
 
 Writes benchmarks/results/language_parity.md. The exit code is 1 unless every family passes.
 """
@@ -55,8 +55,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": {},
     "opt": {"ffn_dim": 56, "word_embed_proj_dim": 32, "init_std": 0.2},
 }
-HEADER = ("family", "attention", "tokens", "same", "first other", "logits, max abs", "bytes kept / naive",
-          "graphs", "export s")  # fmt: skip
+HEADER = ("family", "attention", "tokens", "distinct", "same", "first other", "logits, max abs",
+          "bytes kept / naive", "graphs", "export s")  # fmt: skip
 
 
 def make_model(family: str, folder: Path) -> Path:
@@ -110,8 +110,10 @@ def measure(name: str, model: Path, folder: Path, tokens: int) -> tuple[list[str
     )  # compare all tokens, also after an end
     found = greedy(open_slices(type(bundle)(bundle.folder, endless)), prompts, tokens, chunk_rows=CHUNK_ROWS)
     same, error, other = 0, 0.0, tokens
+    distinct: set[int] = set()
     for prompt, slices in zip(prompts, found, strict=True):
         said, logits = continue_eagerly(model, prompt, tokens)
+        distinct.update(said)
         differ = [n for n, (a, b) in enumerate(zip(said, slices.tokens, strict=True)) if a != b]
         agreed = differ[0] if differ else tokens
         other = min(other, agreed)
@@ -127,8 +129,8 @@ def measure(name: str, model: Path, folder: Path, tokens: int) -> tuple[list[str
     naive = max(step.naive_bytes_per_row for step in manifest.steps)
     total = tokens * len(prompts)
     passed = same == total and error <= TOLERANCE
-    row = [name, attention, str(total), str(same), "–" if other == tokens else str(other), f"{error:.1e}",
-           f"{kept:g} / {naive:g}", str(len(manifest.graphs)), f"{export_s:.1f}"]  # fmt: skip
+    row = [name, attention, str(total), str(len(distinct)), str(same), "–" if other == tokens else str(other),
+           f"{error:.1e}", f"{kept:g} / {naive:g}", str(len(manifest.graphs)), f"{export_s:.1f}"]  # fmt: skip
     return row, passed
 
 

@@ -1,7 +1,7 @@
 """A bundle: the folder that `trunkline export language` writes and Lamina opens.
 
     manifest.json                what the decoder is, its steps, every file's hash, the parity report
-    qx.onnx kvx.onnx post_qx.onnx post.onnx     graphs, shared by the layers that are alike
+    qx.onnx kvx.onnx post_qx.onnx post.onnx …   graphs, shared by the layers that are alike
     weights_00.data …            tensors, one after the other, as numbers in the byte order of ONNX (little)
     parity.json                  the parity report again, for `dvc metrics`
     tokenizer.json …             copied from the model
@@ -70,7 +70,7 @@ class TensorSpec(_Strict):
 class Program(_Strict):
     """One run of a graph: its inputs x0…, outputs y0… and weights w0… by name, in that order."""
 
-    kind: Literal["qx", "kvx", "post_qx", "post"]
+    kind: Literal["qx", "kvx", "qx_kvx", "post_qx", "post_qx_kvx", "post"]
     graph: FileName
     inputs: tuple[TensorSpec, ...] = Field(strict=False)
     outputs: tuple[TensorSpec, ...] = Field(strict=False)
@@ -82,9 +82,14 @@ class Step(_Strict):
 
     layer: int  # whose q, k and v it makes; the number of layers for the last one
     programs: tuple[Program, ...] = Field(strict=False, min_length=1, max_length=2)
+    fused: Program | None  # instead of two programs, where there are two
     context: tuple[str, ...] = Field(strict=False)  # values that have to outlive the attention
     context_bytes_per_row: float  # at 64 rows
     naive_bytes_per_row: float  # what would be carried without computing anything again
+
+    def chosen(self, split: bool) -> tuple[Program, ...]:
+        """The programs to run: Q as early as it can be, or as few runs as possible."""
+        return self.programs if split or self.fused is None else (self.fused,)
 
 
 class LayerAttention(_Strict):
@@ -233,21 +238,23 @@ def _check_consistent(manifest: Manifest, path: Path) -> None:
         refuse(f"{manifest.heads} heads do not share {manifest.kv_heads} kv heads evenly")
     graphs = {entry.file for entry in manifest.graphs}
     tensors = {tensor.name for tensor in manifest.tensors}
-    known = {"input_ids", "position_ids"}
-    for step in manifest.steps:
-        for program in step.programs:
-            if program.graph not in graphs or not tensors.issuperset(program.weights):
-                refuse(f"step {step.layer} uses a graph or a weight that is not listed")
-            if missing := {value.name for value in program.inputs} - known:
-                refuse(f"nothing makes {', '.join(sorted(missing))} before step {step.layer}")
-            known |= {value.name for value in program.outputs}
-        if step.layer == manifest.layers:
-            break
-        if not known.issuperset((f"q_{step.layer}", f"k_{step.layer}", f"v_{step.layer}", *step.context)):
-            refuse(f"step {step.layer} does not make its q, k, v and context")
-        known = {f"attention_{step.layer}", *step.context}
-    if "logits" not in known:
-        refuse("no step makes the logits")
+    for split in (True, False):
+        known = {"input_ids", "position_ids"}
+        for step in manifest.steps:
+            for program in step.chosen(split):
+                if program.graph not in graphs or not tensors.issuperset(program.weights):
+                    refuse(f"step {step.layer} uses a graph or a weight that is not listed")
+                if missing := {value.name for value in program.inputs} - known:
+                    refuse(f"nothing makes {', '.join(sorted(missing))} before step {step.layer}")
+                known |= {value.name for value in program.outputs}
+            if step.layer == manifest.layers:
+                break
+            heads = (f"{name}_{step.layer}" for name in "qkv")
+            if not known.issuperset((*heads, *step.context)):
+                refuse(f"step {step.layer} does not make its q, k, v and context")
+            known = {f"attention_{step.layer}", *step.context}
+        if "logits" not in known:
+            refuse("no step makes the logits")
 
 
 def _map(path: Path, stored: StoredTensor) -> NDArray[Any]:

@@ -29,6 +29,9 @@ DEAR = (
     "aten.embedding", "aten.conv", "aten.scaled_dot_product_attention",
 )  # fmt: skip
 
+VIEWS = ("aten.unsqueeze", "aten.squeeze", "aten.view", "aten.reshape", "aten.transpose", "aten.permute")
+"""Of the same size as what they show."""
+
 
 @dataclass(frozen=True)
 class Boundary:
@@ -103,13 +106,20 @@ def rows_of(length: int | torch.SymInt, rows: int = NOMINAL_ROWS) -> int:
 
 
 def _alive(marker: fx.Node, later: set[fx.Node], fixed: set[fx.Node]) -> set[fx.Node]:
-    """Values used after the marker that do not depend on it: what plain liveness would keep."""
+    """Values used after the marker that do not depend on it: what plain liveness would keep. Several views of
+    one value are that value once."""
     return {
-        source
+        _behind_views(source)
         for node in later - {marker}
         for source in node.all_input_nodes
         if source not in later and source not in fixed and not is_size(source)
     }
+
+
+def _behind_views(node: fx.Node) -> fx.Node:
+    while node.op == "call_function" and str(node.target).startswith(VIEWS):
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _min_cut(

@@ -110,8 +110,8 @@ def _write_steps(
 ) -> _Written:
     written = _Written(folder)
     for step in steps:
-        described = []
-        for program in filter(None, (step.first, step.kvx)):
+        described = {}
+        for program in filter(None, (step.first, step.kvx, step.fused)):
             names = [trace.names[node] for node in program.weights]
             weights = {trace.names[node]: trace.weights[node] for node in program.weights}
             written.weights.store(step.layer, weights)
@@ -122,21 +122,20 @@ def _write_steps(
                 write_graph(model, folder / name, [written.weights.tensors[key] for key in names])
                 written.graphs[program.signature] = name
                 say(f"{name}: {len(model.graph.node)} operators, first used by step {step.layer}")
-            described.append(
-                bundles.Program(
-                    kind=program.kind,  # type: ignore[arg-type]  # checked by pydantic
-                    graph=written.graphs[program.signature],
-                    inputs=tuple(map(_spec, program.inputs)),
-                    outputs=tuple(map(_spec, program.outputs)),
-                    weights=tuple(names),
-                )
+            described[program] = bundles.Program(
+                kind=program.kind,  # type: ignore[arg-type]  # checked by pydantic
+                graph=written.graphs[program.signature],
+                inputs=tuple(map(_spec, program.inputs)),
+                outputs=tuple(map(_spec, program.outputs)),
+                weights=tuple(names),
             )
         kept = step.boundary.bytes if step.boundary else 0
         naive = step.boundary.naive_bytes if step.boundary else 0
         written.steps.append(
             bundles.Step(
                 layer=step.layer,
-                programs=tuple(described),
+                programs=tuple(described[program] for program in (step.first, step.kvx) if program),
+                fused=described[step.fused] if step.fused else None,
                 context=tuple(value.name for value in step.context),
                 context_bytes_per_row=kept / cutting.NOMINAL_ROWS,
                 naive_bytes_per_row=naive / cutting.NOMINAL_ROWS,

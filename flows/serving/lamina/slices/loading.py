@@ -77,7 +77,7 @@ def load_decoder(folder: Path) -> Decoder:
             if type(config) not in AutoModelForCausalLM._model_mapping:
                 raise DataError(f"{folder}: {config.model_type} is not a decoder that transformers knows")
             digest = hash_weights(folder)
-            model, report = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,
                 dtype=torch.float32,
@@ -91,6 +91,7 @@ def load_decoder(folder: Path) -> Decoder:
         except Exception as error:  # of transformers, safetensors, huggingface_hub: no common base class
             reason = " ".join(str(error).split())[:300]
             raise DataError(f"{folder} is not a model that transformers can load: {reason}") from None
+    model, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise DataError(f"{folder} has no weights for {', '.join(missing[:5])}; they would be random")
     return Decoder(model.eval(), model.config, digest)
@@ -169,8 +170,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Its progress bars and remarks on other uses are not for who exports; what matters is raised above."""
-    from transformers.utils import logging as transformers_logging
+    from transformers.utils import logging as untyped
 
+    transformers_logging: Any = untyped
     level = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.CRITICAL)

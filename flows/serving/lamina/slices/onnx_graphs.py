@@ -107,4 +107,4 @@ class WeightFiles:
                     shape=tuple(tensor.shape),
                     dtype=str(tensor.dtype).removeprefix("torch."),  # type: ignore[arg-type]  # checked by pydantic
                 )
-                file.write(memoryview(tensor.contiguous().numpy()).cast("B") if tensor.numel() else b"")
+                file.write(tensor.contiguous().numpy().data)

@@ -7,7 +7,8 @@
 
 QX holds what Q needs and nothing dear beside it, so that Q can leave first; KVX holds the other dear
 operators, which run while attention workers already read old tokens (section 4 of the paper). A family whose
-Q, K and V come out of one projection has no KVX: its K and V are there with Q.
+Q, K and V come out of one projection has no KVX: its K and V are there with Q. Where there is a KVX there is
+also one program for both: two runs cost more than one, and calibration decides whether leaving early pays.
 
 Programs are numbered, not named: inputs, outputs and weights are x0…, y0…, w0… in the order of first use, so
 that layers which compute the same have equal graphs. The names of the values are kept beside.
@@ -19,7 +20,7 @@ attention's output are (rows, heads, head size).
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -58,11 +59,11 @@ class Value:
         return str(self.node.meta["val"].dtype).removeprefix("torch.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Program:
     """One graph to export, or to share with another program of the same `signature`."""
 
-    kind: str  # qx, kvx, post_qx, post
+    kind: str  # qx, kvx, post_qx, post; qx_kvx and post_qx_kvx for both in one
     graph: fx.Graph  # placeholders: inputs, then weights
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
@@ -76,9 +77,10 @@ class Step:
 
     layer: int  # whose q, k and v it makes; the number of layers for the last step
     first: Program
-    kvx: Program | None
-    boundary: Boundary | None
-    context: tuple[Value, ...] = field(default=())
+    kvx: Program | None = None
+    fused: Program | None = None  # instead of both
+    boundary: Boundary | None = None
+    context: tuple[Value, ...] = ()
 
 
 def build_steps(trace: Trace, boundaries: Sequence[Boundary]) -> list[Step]:
@@ -100,7 +102,7 @@ def build_steps(trace: Trace, boundaries: Sequence[Boundary]) -> list[Step]:
         attention = Value(f"attention_{layer}", marker.node)
         known = {value.node: value for value in (attention, *context)}
     last = Value("logits", trace.logits)
-    steps.append(Step(len(trace.markers), _build_program(trace, "post", known, [last]), None, None))
+    steps.append(Step(len(trace.markers), _build_program(trace, "post", known, [last])))
     return steps
 
 
@@ -120,7 +122,8 @@ def _build_step(
     soon = [value for value in (*heads[1:], *made) if _dear_ancestors(value.node, known) <= dear]
     late = [value for value in (*heads[1:], *made) if value not in soon]
     if not late:
-        return Step(layer, _build_program(trace, kind, known, [q, *soon]), None, boundary, context)
+        first = _build_program(trace, kind, known, [q, *soon])
+        return Step(layer, first, boundary=boundary, context=context)
     early |= _ancestors([value.node for value in soon], known)
     fixed = cutting.find_fixed(trace)
     outside = {
@@ -135,7 +138,9 @@ def _build_step(
              for n, node in enumerate(sorted(outside - handed, key=order.__getitem__))]  # fmt: skip
     first = _build_program(trace, kind, known, [q, *soon, *carry])
     found = known | {value.node: value for value in (*soon, *carry) if not value.per_head}
-    return Step(layer, first, _build_program(trace, "kvx", found, late), boundary, context)
+    kvx = _build_program(trace, "kvx", found, late)
+    fused = _build_program(trace, f"{kind}_kvx", known, [*heads, *made])
+    return Step(layer, first, kvx, fused, boundary, context)
 
 
 def _ancestors(nodes: Iterable[fx.Node], known: dict[fx.Node, Value]) -> set[fx.Node]:

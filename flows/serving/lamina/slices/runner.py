@@ -38,8 +38,9 @@ class Attention(Protocol):
 class Slices:
     """The loaded programs of a bundle; made by `open_slices`."""
 
-    def __init__(self, bundle: Bundle, sessions: dict[tuple[int, str], Any]) -> None:
+    def __init__(self, bundle: Bundle, sessions: dict[tuple[int, str], Any], split: bool) -> None:
         self.bundle = bundle
+        self.split = split
         self._sessions = sessions
 
     def run(self, input_ids: Ints, position_ids: Ints, attention: Attention) -> Floats:
@@ -49,11 +50,12 @@ class Slices:
         for step in manifest.steps:
             layer = step.layer
             sent = False
-            for program in step.programs:
+            programs = step.chosen(self.split)
+            for program in programs:
                 self._run(layer, program, values)
                 if layer == manifest.layers:
                     return values["logits"]
-                if program is step.programs[0]:
+                if program is programs[0]:
                     attention.send_q(layer, values[f"q_{layer}"])
                 if not sent and f"k_{layer}" in values and f"v_{layer}" in values:
                     attention.send_kv(layer, values[f"k_{layer}"], values[f"v_{layer}"])
@@ -68,8 +70,10 @@ class Slices:
         values.update((value.name, answer) for value, answer in zip(program.outputs, answers, strict=True))
 
 
-def open_slices(bundle: Bundle, *, threads: int = 0, providers: Sequence[str] = (session.CPU,)) -> Slices:
-    """Load every program of a verified bundle.
+def open_slices(
+    bundle: Bundle, *, split: bool = True, threads: int = 0, providers: Sequence[str] = (session.CPU,)
+) -> Slices:
+    """Load the programs of a verified bundle: those that let Q leave first, or without `split` one per step.
 
     Raises:
         ConfigError, ResourceError, DataError: as `session.open_runtime`, or a graph that is not what the
@@ -77,7 +81,7 @@ def open_slices(bundle: Bundle, *, threads: int = 0, providers: Sequence[str] = 
     """
     sessions: dict[tuple[int, str], Any] = {}
     for step in bundle.manifest.steps:
-        for program in step.programs:
+        for program in step.chosen(split):
             weights = {f"w{index}": bundle.tensor(name) for index, name in enumerate(program.weights)}
             runtime = session.open_runtime(
                 bundle.folder / program.graph,
@@ -93,7 +97,7 @@ def open_slices(bundle: Bundle, *, threads: int = 0, providers: Sequence[str] = 
                     "export the model again"
                 )
             sessions[step.layer, program.kind] = runtime
-    return Slices(bundle, sessions)
+    return Slices(bundle, sessions, split)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from flows.serving.lamina.slices import cutting, loading, programs, tracing
 from flows.serving.lamina.slices.marker import mark, marked_attention
 
 
-def run_steps(sliced: Sliced, ids: Tensor, positions: Tensor) -> Tensor:
+def run_steps(sliced: Sliced, ids: Tensor, positions: Tensor, split: bool) -> Tensor:
     """The steps in torch, with nothing kept between two but their context."""
     values: dict[str, Tensor] = {"input_ids": ids, "position_ids": positions}
 
@@ -27,7 +27,8 @@ def run_steps(sliced: Sliced, ids: Tensor, positions: Tensor) -> Tensor:
             assert answer.shape == tuple(len(ids) if n == "rows" else n for n in value.shape())
 
     for step, marker in zip(sliced.steps, sliced.trace.markers, strict=False):
-        for program in filter(None, (step.first, step.kvx)):
+        fused = None if split else step.fused
+        for program in filter(None, (fused,) if fused else (step.first, step.kvx)):
             run(program)
         q, k, v = (values[f"{name}_{step.layer}"].transpose(0, 1)[None] for name in "qkv")
         mixed = marked_attention(q, k, v, step.layer, marker.scale, marker.window, marker.soft_cap)
@@ -43,7 +44,8 @@ def test_reassembled_slices_are_the_model_bit_for_bit(sliced: Sliced) -> None:
     with torch.no_grad():
         whole = sliced.model(input_ids=ids[None], position_ids=positions[None], use_cache=False).logits[0]
         assert len(sliced.steps) == 4
-        assert torch.equal(run_steps(sliced, ids, positions), whole)
+        assert torch.equal(run_steps(sliced, ids, positions, True), whole)
+        assert torch.equal(run_steps(sliced, ids, positions, False), whole)
 
 
 def test_marker_carries_what_the_eager_model_does(sliced: Sliced) -> None:
