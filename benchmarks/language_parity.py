@@ -5,7 +5,7 @@
 Every family with tiny random weights is exported as a user would, and two prompts are continued greedily: by
 transformers, one after the other, eager attention and a KV cache; and by the slices, both at once, prompts in
 chunks beside rows that decode. The sliding windows are shorter than the texts. Compared are all tokens, and
-the logits that each was chosen from. "Distinct" says that the texts are no endless repetition. `--model` adds a folder of a real model.
+the logits that each was chosen from. `--model` adds a folder of a real model.
 
 Writes benchmarks/results/language_parity.md. The exit code is 1 unless every family passes.
 """
@@ -110,7 +110,7 @@ def measure(name: str, model: Path, folder: Path, tokens: int) -> tuple[list[str
     )  # compare all tokens, also after an end
     found = greedy(open_slices(type(bundle)(bundle.folder, endless)), prompts, tokens, chunk_rows=CHUNK_ROWS)
     same, error, other = 0, 0.0, tokens
-    distinct: set[int] = set()
+    distinct: set[int] = set()  # few would mean texts that repeat themselves, which prove little
     for prompt, slices in zip(prompts, found, strict=True):
         said, logits = continue_eagerly(model, prompt, tokens)
         distinct.update(said)

@@ -76,6 +76,8 @@ def load_decoder(folder: Path) -> Decoder:
             refuse_unsupported(config.to_dict(), folder)
             if type(config) not in AutoModelForCausalLM._model_mapping:
                 raise DataError(f"{folder}: {config.model_type} is not a decoder that transformers knows")
+            if not getattr(config, "num_attention_heads", 0):
+                raise DataError(f"{folder}: {config.model_type} has no attention, so Lamina cannot serve it")
             digest = hash_weights(folder)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
@@ -88,6 +90,15 @@ def load_decoder(folder: Path) -> Decoder:
             )
         except DataError:
             raise
+        except KeyError as error:
+            if error.args == (marker.ATTENTION,):
+                raise DataError(
+                    f"{folder}: {config.model_type} computes attention itself, not through transformers' "
+                    "attention interface, so Lamina cannot cut it there"
+                ) from None
+            raise DataError(
+                f"{folder} is not a model that transformers can load: {error} is missing"
+            ) from None
         except Exception as error:  # of transformers, safetensors, huggingface_hub: no common base class
             reason = " ".join(str(error).split())[:300]
             raise DataError(f"{folder} is not a model that transformers can load: {reason}") from None
