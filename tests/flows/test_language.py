@@ -9,7 +9,9 @@ import pytest
 import tiny_llama2c
 import torch
 from torch import Tensor
+from typer.testing import CliRunner
 
+from flows.cli import app
 from flows.errors import ConfigError, DataError
 from flows.language import import_llama2c
 from models.language import Decoder, DecoderConfig
@@ -170,3 +172,14 @@ def test_existing_folder_is_replaced_only_when_asked_and_only_if_it_is_a_model(t
     assert (tmp_path / "hf" / "thesis.txt").read_text() == "years of work"
     with pytest.raises(DataError, match="does not exist"):
         import_llama2c(tmp_path / "none.bin", tokens, tmp_path / "new")
+
+
+def test_commands(tmp_path: Path) -> None:
+    model, tokens = tiny_llama2c.write(tmp_path)
+    done = CliRunner().invoke(app, ["import", "llama2c", str(model), str(tokens), str(tmp_path / "hf")])
+    assert done.exit_code == 0
+    assert "3 layers of 16, 4 query and 2 kv heads" in done.stdout
+    assert (tmp_path / "hf" / "model.safetensors").is_file()
+    done = CliRunner().invoke(app, ["export", "language", str(tmp_path / "none"), str(tmp_path / "out")])
+    assert isinstance(done.exception, DataError)
+    assert "config.json does not exist" in str(done.exception)

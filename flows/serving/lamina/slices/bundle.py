@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +32,6 @@ PARITY = "parity.json"
 MAX_MANIFEST_BYTES = 256 * 2**20
 AGAIN = "export the model again"
 
-Count = int
 FileName = str
 
 
@@ -160,7 +160,7 @@ class Bundle:
         stored = self._stored[name]
         return _map(self.folder / stored.file, stored)
 
-    @property
+    @cached_property
     def _stored(self) -> dict[str, StoredTensor]:
         return {tensor.name: tensor for tensor in self.manifest.tensors}
 

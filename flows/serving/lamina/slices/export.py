@@ -58,7 +58,10 @@ def export_bundle(
     decoder = load_decoder(source)
     say(f"{source}: {type(decoder.model).__name__}, {decoder.layers} layers, "
         f"{decoder.model.num_parameters():,} parameters")  # fmt: skip
-    trace = tracing.trace(decoder.model, decoder.layers)
+    try:
+        trace = tracing.trace(decoder.model, decoder.layers)
+    except DataError as error:
+        raise DataError(f"{source}: {error}") from None
     boundaries = cutting.cut(trace)
     steps = programs.build_steps(trace, boundaries)
     with files.replace_folder(target) as folder:
