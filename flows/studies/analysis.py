@@ -96,6 +96,20 @@ class Analysis:
         return bool(above) and 2 * sum(bool(found.series_overfitted) for found in above) >= len(above)
 
     @property
+    def early_overfitted(self) -> list[float]:
+        """How many points overfitted cells below the boundary finetune above the line through all of them."""
+        line = self.boundary
+        if line is None:
+            return []
+        return [
+            found.cell.finetuned_top1 - (line.intercept_below + line.slope_below * found.cell.loss)
+            for found in self.cells
+            if found.verdict == "overfitted"
+            and not found.past_boundary
+            and found.cell.finetuned_top1 is not None
+        ]
+
+    @property
     def fitted_cells(self) -> list[Cell]:
         return [judged.cell for judged in self.cells if judged.in_fit]
 
