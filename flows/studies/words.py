@@ -63,6 +63,18 @@ def say_accuracy(analysis: Analysis) -> str:
         f"cells and accuracy ≈ {line.intercept_below:.1f} {signed(line.slope_below, 1)[0]} "
         f"{abs(line.slope_below):.1f} · loss; at or above, {_r(above)} over {above.cells} cells"
         + (", which is no relation." if _holds_zero(above) else ".")
+        + _say_early(analysis.early_overfitted)
+    )
+
+
+def _say_early(found: Sequence[float]) -> str:
+    if len(found) < 2 or not (min(found) > 0 or max(found) < 0):
+        return ""
+    better = "above" if min(found) > 0 else "below"
+    low, high = sorted((abs(min(found)), abs(max(found))))
+    return (
+        f" The {len(found)} overfitted cells before it finetune {low:.1f} to {high:.1f} points {better} that "
+        "line."
     )
 
 
