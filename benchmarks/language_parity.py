@@ -16,6 +16,7 @@ import argparse
 import os
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {},
     "qwen3": {"head_dim": 16},  # heads · head size is not the hidden size
-    "gemma2": {"head_dim": 16, "sliding_window": 24, "query_pre_attn_scalar": 16},  # and soft caps
+    # and soft caps; with a tied output matrix its random weights say one token for ever
+    "gemma2": {
+        "head_dim": 16,
+        "sliding_window": 24,
+        "query_pre_attn_scalar": 16,
+        "tie_word_embeddings": False,
+    },
     "mistral": {"sliding_window": 24},
     "phi3": {},
     "gpt_neox": {"num_key_value_heads": None},
@@ -170,7 +177,8 @@ def main(argv: list[str] | None = None) -> int:
     print(verdict)
     if not given.no_write:
         title = f"# Slices against transformers: greedy, {given.tokens} tokens after {len(PROMPTS)} prompts"
-        files.write_text(RESULT, "\n".join([title, "", *lines, "", verdict, ""]))
+        made = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "onnxruntime"))
+        files.write_text(RESULT, "\n".join([title, "", *lines, "", f"{verdict}; {made}", ""]))
     return 1 if failed else 0
 
 

@@ -1,13 +1,17 @@
 """A Hugging Face folder → a bundle, checked against the model before anyone sees it.
 
 The folder appears whole or not at all: it is built beside its place, read back as a server would read it,
-compared with the model, and then renamed.
+compared with the model, and then renamed. What a killed export left beside its place is removed by the next.
 """
 
 from __future__ import annotations
 
+import fcntl
+import os
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -64,7 +68,8 @@ def export_bundle(
         raise DataError(f"{source}: {error}") from None
     boundaries = cutting.cut(trace)
     steps = programs.build_steps(trace, boundaries)
-    with files.replace_folder(target) as folder:
+    remove_abandoned(target)
+    with files.replace_folder(target) as folder, _held(folder):
         written = _write_steps(folder, trace, steps, opset, say)
         described = _describe(source, target.name, decoder, trace, steps, written, opset, folder)
         unchecked = Parity(samples=0, tokens=0, longest_context=0, max_abs_error=0.0, max_relative_error=0.0,
@@ -97,6 +102,34 @@ def check_target(source: Path, target: Path, force: bool) -> None:
         raise ConfigError(f"{target} exists; give another place, or --force to replace it")
     if any(target.iterdir()) and not (target / bundles.MANIFEST).is_file():
         raise ConfigError(f"{target} holds something else than a bundle; give another place")
+
+
+def remove_abandoned(target: Path) -> None:
+    """Remove the half-made bundles that killed exports to `target` left; not those still being made."""
+    for folder in target.parent.glob(f".{target.name}.????????"):
+        if folder.is_dir() and not folder.is_symlink() and all(map(_is_ours, folder.iterdir())):
+            with suppress(BlockingIOError), _held(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_ours(path: Path) -> bool:
+    own = re.fullmatch(r"(post_)?(qx|kvx|qx_kvx)(_\d+)?\.onnx|post(_\d+)?\.onnx|weights_\d+\.data", path.name)
+    return bool(own) or path.name in (bundles.MANIFEST, bundles.PARITY, *TOKENIZER_FILES)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process; the system lets go of it when the process is killed.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
 
 
 class _Written:

@@ -153,6 +153,16 @@ def _steps_of_a_finished_export(imported: Path) -> Callable[..., Any]:
     return write
 
 
+def test_what_a_killed_export_left_goes_and_nothing_else(tmp_path: Path) -> None:
+    names = {".out.aaaaaaaa": "kvx.onnx", ".out.bbbbbbbb": "thesis.txt", ".out.cccccccc": "weights_00.data"}
+    for folder, file in names.items():
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / file).write_text("")
+    with export._held(tmp_path / ".out.cccccccc"):  # an export that still runs
+        export.remove_abandoned(tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.bbbbbbbb", ".out.cccccccc"]
+
+
 def test_target_is_never_the_model_or_a_strangers_folder(imported: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("")
