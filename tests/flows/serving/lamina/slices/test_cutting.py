@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -117,6 +118,30 @@ def test_cut_finds_values_that_every_later_slice_can_do_with() -> None:
     found = cutting.cut(trace)
     assert [boundary.kept for boundary in found] == [(a,), (a,), (a,)]
     assert found[0].naive_bytes == 4 * 8 * 4
+
+
+class Regional(nn.Module):
+    """One layer whose positions are computed in a region of other gradient mode, as rotary embeddings do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(61, 8)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, use_cache: bool) -> Any:
+        with torch.enable_grad():
+            angles = position_ids[..., None].float().cos() + position_ids[..., None].float().sin()
+        x = self.embed(input_ids) + angles
+        q = x[:, None]
+        mixed = marked_attention(q, q, q, 0, 1.0, 0, 0.0)[:, :, 0]
+        return SimpleNamespace(logits=mixed * angles + x)
+
+
+def test_regions_are_flattened_before_cutting() -> None:
+    """Left in, a region is one node that returns a tuple: no bytes, so a cut through it would look free."""
+    trace = tracing.trace(Regional(), 1)
+    assert not any(isinstance(node.target, torch._ops.HigherOrderOperator) for node in trace.graph.nodes)
+    (boundary,) = cutting.cut(trace)
+    assert boundary.bytes == cutting.NOMINAL_ROWS * (8 * 4 + 4)  # x, and one number per row for the angles
 
 
 UNSUPPORTED = {
