@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,12 @@ from models.language import Decoder, DecoderConfig
 from models.language.llama2c import read_checkpoint
 
 TINY_LLM = Path(__file__).resolve().parents[3] / "shared" / "data" / "tiny_llm"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    with tiny_llama2c.one_thread():
+        yield
 
 
 def run_llama2c(content: bytes, ids: list[int]) -> Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -69,6 +71,18 @@ def encode(text: str) -> list[int]:
         if best is None:
             return [1, *found]
         found[best[1] : best[1] + 2] = [best[2]]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Tensors this small are computed faster by one thread than handed to several, the more so on a machine
+    that runs other tests."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def write(folder: Path, tied: bool = True) -> tuple[Path, Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,16 @@ from flows.serving.lamina.slices.bundle import Bundle
 from flows.serving.lamina.slices.export import export_bundle
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    with tiny_llama2c.one_thread():
+        yield
+
+
 @pytest.fixture(scope="session", params=list(FAMILIES))
 def sliced(request: pytest.FixtureRequest) -> Sliced:
-    return slice_model(request.param)
+    with tiny_llama2c.one_thread():
+        return slice_model(request.param)
 
 
 @pytest.fixture(scope="session")
@@ -28,4 +36,5 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def bundle(imported: Path) -> Bundle:
     """Do not change its files: copy them first."""
-    return export_bundle(imported, imported.parent / "bundle")
+    with tiny_llama2c.one_thread():
+        return export_bundle(imported, imported.parent / "bundle")
