@@ -274,6 +274,8 @@ class AttentionPool:
             frame = self._guard(worker, partial(self._link(worker).receive, remaining))
             header = frame.header
             if header.type is FrameType.ERROR:
+                if 0 < header.iteration < expected.iteration:
+                    continue  # about an iteration that was given up
                 raise DataError(f"{self.names[worker]}: {unpack_json(frame).get('error', 'no reason given')}")
             same = (header.type, *header.key, header.layer) == (expected.type, *expected.key, expected.layer)
             if same and header.epoch == expected.epoch:

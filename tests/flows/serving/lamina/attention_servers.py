@@ -30,7 +30,7 @@ def serving(count, threads=1):
     for _ in range(count):
         listener = socket.create_server(("127.0.0.1", 0))
         addresses.append(("127.0.0.1", listener.getsockname()[1]))
-        server = Server(listener, TOKEN, Session(1 << 24, threads), drain_timeout_s=1.0)
+        server = Server(listener, TOKEN, Session(1 << 24, threads), drain_timeout_s=0.1)
         thread = threading.Thread(target=server.serve, daemon=True)
         thread.start()
         servers.append(server)
