@@ -2,8 +2,8 @@
 
     python -m benchmarks.attention_worker [--threads 1] [--rounds 5] [--only bandwidth round_trip]
 
-Bandwidth: decode rows over a store that is far larger than the caches, one request after another as the worker
-does it, so every byte of keys and values is read once per step. The limit is copying tensors with the same
+Bandwidth: decode rows over a store larger than the caches, one request after another as the worker does it,
+so every byte of keys and values is read once per step. The limit is copying tensors with the same
 threads, in turns with it in the same run, reading and writing counted; the goal is 60 % of it at 4,096 tokens
 and 16 requests or more. Round trip: Q, KV and OUT of one layer over loopback to a real worker process with a
 context of less than one page; the goal is 150 µs. Writes benchmarks/results/attention_worker.md.
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -40,6 +41,7 @@ from flows.serving.lamina.attention.pool import AttentionPool, ModelShape
 from flows.serving.lamina.attention.session import LayerSettings, Session, WorkerSettings
 from flows.serving.lamina.rows import PAGE_TOKENS, RowTable, Span, TableDelta
 
+WORKER = "flows.serving.lamina.attention.worker"
 RESULTS = Path("benchmarks/results/attention_worker.md")
 HEAD_DIM, KV_HEADS = 128, 4
 CONTEXTS, REQUESTS, GROUPS = (512, 2048, 4096, 8192), (1, 4, 16, 32), (1, 4, 8)
@@ -64,10 +66,6 @@ class Bandwidth:
         )  # fmt: skip
         self.session = Session(1 << 40, threads)
         self.session.handle(Frame(Header(FrameType.CONFIG), pack_json(settings.model_dump())))
-        store = self.session._store
-        assert store is not None
-        store.keys.normal_()
-        store.values.normal_()
         deltas = [
             TableDelta(slot, 0, tuple(range(slot * blocks * 64, slot * blocks * 64 + per_request)))
             for slot in range(requests)
@@ -76,11 +74,16 @@ class Bandwidth:
         self.q = generator.standard_normal((requests, KV_HEADS, group, HEAD_DIM), dtype=np.float32)
         self.kv = generator.standard_normal((2, requests, KV_HEADS, HEAD_DIM), dtype=np.float32)
         self.plan = RowTable(tuple(Span(slot, context) for slot in range(requests)), tuple(deltas)).encode()
-
         self.step()  # assigns the pages, which clears them
+        self.fill()
+        self.plan = RowTable(tuple(Span(slot, context) for slot in range(requests))).encode()
+
+    @torch.inference_mode()
+    def fill(self) -> None:
+        store = self.session._store
+        assert store is not None
         store.keys.normal_()
         store.values.normal_()
-        self.plan = RowTable(tuple(Span(slot, context) for slot in range(requests))).encode()
 
     def step(self) -> None:
         header = Header(FrameType.PLAN, iteration=1)
@@ -108,15 +111,15 @@ def seconds_of(step: object) -> float:
     return time.perf_counter() - began
 
 
-def measure_bandwidth(threads: int, rounds: int) -> list[str]:
+def measure_bandwidth(threads: int, rounds: int, contexts: Sequence[int], counts: Sequence[int]) -> list[str]:
     rows = [
         "| context | requests | G | keys and values, GB/s | copy, GB/s | ratio |",
         "|---|---|---|---|---|---|",
     ]
     copy = Copy(threads)
     for group in GROUPS:
-        for context in CONTEXTS:
-            for requests in REQUESTS:
+        for context in contexts:
+            for requests in counts:
                 if requests * (context + 1024) * 2 * KV_HEADS * HEAD_DIM * 4 > STORE_BYTES:
                     continue
                 ours = Bandwidth(context, requests, group, threads)
@@ -148,7 +151,7 @@ def measure_round_trip() -> list[str]:
         file.write(token)
         file.flush()
         worker = subprocess.Popen(
-            [sys.executable, "-m", "flows.serving.lamina.attention.worker", "--port", "0", "--token-file", file.name],
+            [sys.executable, "-m", WORKER, "--port", "0", "--token-file", file.name],
             stdout=subprocess.PIPE,
         )  # fmt: skip
         try:
@@ -193,6 +196,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parts = ("bandwidth", "round_trip")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
+    parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS)
+    parser.add_argument("--requests", type=int, nargs="+", default=REQUESTS)
     parser.add_argument("--dry-run", action="store_true", help="print the tables, write nothing")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -207,11 +212,14 @@ def main(argv: list[str] | None = None) -> int:
         text += [*measure_round_trip(), ""]
     if "bandwidth" in arguments.only:
         text += [
-            f"Decode rows, {KV_HEADS} heads of keys and values of {HEAD_DIM}, float32; copying counts what is "
-            f"read and written; medians of {arguments.rounds} rounds in turns:",
+            f"Decode rows, {KV_HEADS} heads of keys and values of {HEAD_DIM}, float32; copying counts "
+            f"what is read and written; medians of {arguments.rounds} rounds in turns:",
             "",
         ]
-        text += [*measure_bandwidth(arguments.threads, arguments.rounds), ""]
+        text += [
+            *measure_bandwidth(arguments.threads, arguments.rounds, arguments.contexts, arguments.requests),
+            "",
+        ]
     print("\n".join(text))
     if not arguments.dry_run:
         files.write_text(RESULTS, "\n".join(text))

@@ -138,7 +138,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, work: Work, position: int, rule: Att
     if rule.soft_cap:
         scores.div_(rule.soft_cap).tanh_().mul_(rule.soft_cap)
     first, last = position + work.row, position + work.row_end - 1
-    if first < work.key_end or (rule.window and last - rule.window + 1 > work.key):
+    if R == 1:  # the usual case, without a mask
+        if first < work.key_end:
+            scores[..., first - work.key :] = -math.inf
+        if rule.window and first - rule.window + 1 > work.key:
+            scores[..., : first - rule.window + 1 - work.key] = -math.inf
+    elif first < work.key_end or (rule.window and last - rule.window + 1 > work.key):
         at = torch.arange(first, last + 1, device=q.device).unsqueeze(1)
         keys = torch.arange(work.key, work.key_end, device=q.device)
         hidden = keys >= at

@@ -9,10 +9,12 @@ is ever unpickled.
 from __future__ import annotations
 
 import json
+import math
 import struct
 import zlib
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -154,14 +156,14 @@ def unpack_tensors(frame: Frame, *shapes: tuple[int, ...]) -> list[NDArray[np.fl
         FrameError: another size or number type.
     """
     header = frame.header
-    sizes = [int(np.prod(shape, dtype=np.int64)) for shape in shapes]
+    sizes = [math.prod(shape) for shape in shapes]
     if header.number_type is not NumberType.FLOAT32 or len(frame.payload) != 4 * sum(sizes):
         raise FrameError(
             f"a {header.type.name} frame of layer {header.layer} holds {len(frame.payload)} bytes of "
             f"{header.number_type.name}, expected {4 * sum(sizes)} of FLOAT32"
         )
     flat = np.frombuffer(frame.payload, dtype="<f4")
-    ends = np.cumsum(sizes)
+    ends = list(accumulate(sizes))
     return [
         flat[end - size : end].reshape(shape) for end, size, shape in zip(ends, sizes, shapes, strict=True)
     ]
