@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -89,6 +90,8 @@ class Plan:
 
     table: RowTable
     own: NDArray[np.int64]  # rows whose own token is stored here
+    places: tuple[Tensor, Tensor]  # where they go
+    releases: int  # of the store, when `places` was true
     early: dict[int, tuple[Tensor, list[Part | None]]] = field(default_factory=dict)  # layer → q, parts
 
 
@@ -109,6 +112,7 @@ class Session:
         self._rules: list[AttentionRule] = []
         self._store: PageStore | None = None
         self._plans: dict[tuple[int, int], Plan] = {}
+        self._unwritten: Callable[[], None] | None = None
         self._threads = ThreadPoolExecutor(threads, "attention") if threads > 1 else None
         self._handlers: dict[FrameType, Callable[[Frame], Frame | None]] = {
             FrameType.CONFIG: self._configure,
@@ -140,12 +144,20 @@ class Session:
             raise FrameError(
                 f"frame of epoch {header.epoch}, this worker is in {self.epoch}; send HELLO first"
             )
+        self.settle()
         handler = self._handlers.get(header.type)
         if handler is None:
             raise FrameError(f"a worker does not take {header.type.name} frames")
         self.counts[header.type.name.lower()] += 1
         with torch.inference_mode():
             return handler(frame)
+
+    def settle(self) -> None:
+        """Write what the last answer left unwritten: an answer does not wait for it, the next frame does."""
+        unwritten, self._unwritten = self._unwritten, None
+        if unwritten is not None:
+            with torch.inference_mode():
+                unwritten()
 
     def enter_epoch(self, epoch: int) -> None:
         """What older engines send counts no more; plans of theirs are forgotten, pages are kept."""
@@ -242,7 +254,8 @@ class Session:
         self._plans.pop(frame.header.key, None)
         while len(self._plans) >= MAX_PLANS:
             self._plans.pop(min(self._plans))
-        self._plans[frame.header.key] = Plan(table, own)
+        located = store.locate(table.slots[own], table.positions[own])
+        self._plans[frame.header.key] = Plan(table, own, located, store.releases)
 
     def _attend(self, frame: Frame) -> None:
         settings, _ = self._ready()
@@ -267,8 +280,14 @@ class Session:
         shape = (len(plan.own), settings.kv_heads, settings.head_dim)
         k, v = (torch.from_numpy(array).to(self.device) for array in unpack_tensors(frame, shape, shape))
         table = plan.table
+        if plan.releases != store.releases:
+            plan.places = store.locate(table.slots[plan.own], table.positions[plan.own])
+            plan.releases = store.releases
+        late = any(self._work(span, layer)[1] for span in table.spans)
         if len(plan.own):
-            store.write(layer, table.slots[plan.own], table.positions[plan.own], k, v)
+            self._unwritten = partial(store.write, layer, plan.places, k, v)
+        if late:  # a chunk attends to its own tokens
+            self.settle()
         q, parts = plan.early.pop(layer)
         rule = self._rules[layer]
         own = empty_part(q)
@@ -291,12 +310,10 @@ class Session:
 
         out, log_sum = q, q[..., 0]
         if table.rows:
-            ended = self._map(end, plan)
-            previous = (
-                ended[0]
-                if len(ended) == 1
-                else Part(*(torch.cat(tensors) for tensors in zip(*ended, strict=True)))
-            )
+            ended = self._map(end, plan) if late else [end(index) for index in range(len(table.spans))]
+            previous = ended[0]
+            if len(ended) > 1:
+                previous = Part(*(torch.cat(tensors) for tensors in zip(*ended, strict=True)))
             out, log_sum = finish(merge(previous, own))
         if layer == len(self._rules) - 1:
             self._plans.pop(frame.header.key)

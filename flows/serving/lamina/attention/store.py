@@ -21,6 +21,7 @@ from flows.errors import DataError
 from flows.serving.lamina.rows import PAGE_TOKENS, Span, TableDelta
 
 NO_PAGE = -1
+MAX_TABLE = 1 << 20
 FLOAT_BYTES = 4
 
 
@@ -55,6 +56,7 @@ class PageStore:
         self.values = torch.zeros(shape, device=device)
         self.tables: dict[int, NDArray[np.int64]] = {}
         self.owners: dict[int, int] = {}  # page → slot
+        self.releases = 0  # how often a page left a table
 
     @property
     def bytes(self) -> int:
@@ -85,8 +87,7 @@ class PageStore:
         if others.intersection(delta.pages):
             raise DataError(f"slot {delta.slot} is given a page that it has at another place")
         if end > len(table):
-            # a table may not be longer than the store: entries are cheap, but not without bound
-            if end > 64 * self.pages + delta.first % 1 and end > 1 << 20:
+            if end > MAX_TABLE:  # entries without pages are cheap, but not without bound
                 raise DataError(f"slot {delta.slot}: a block table of {end} entries is too long")
             table = np.concatenate([table, np.full(end - len(table), NO_PAGE)])
         replaced = table[delta.first : end].tolist()
@@ -105,19 +106,20 @@ class PageStore:
             if page != NO_PAGE:
                 self._release(page)
 
-    def write(
-        self, layer: int, slots: NDArray[np.int64], positions: NDArray[np.int64], k: Tensor, v: Tensor
-    ) -> None:
-        """Keys and values (rows, KV, hd) to the places that the tables say.
+    def locate(self, slots: NDArray[np.int64], positions: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Arena and token in it of each row; they stay true until `releases` changes.
 
         Raises:
-            DataError: a position for which the slot has no page; nothing is written then.
+            DataError: a position for which the slot has no page.
         """
-        pages = np.array(
-            [self._page_of(*row) for row in zip(slots.tolist(), positions.tolist(), strict=True)], np.int64
-        )
-        arenas = torch.from_numpy(pages // self.pages_per_block)
-        tokens = torch.from_numpy(pages % self.pages_per_block * PAGE_TOKENS + positions % PAGE_TOKENS)
+        rows = zip(slots.tolist(), positions.tolist(), strict=True)
+        pages = np.array([self._page_of(slot, position) for slot, position in rows], np.int64)
+        tokens = pages % self.pages_per_block * PAGE_TOKENS + positions % PAGE_TOKENS
+        return torch.from_numpy(pages // self.pages_per_block), torch.from_numpy(tokens)
+
+    def write(self, layer: int, places: tuple[Tensor, Tensor], k: Tensor, v: Tensor) -> None:
+        """Keys and values (rows, KV, hd) to the places that `locate` gave."""
+        arenas, tokens = places
         self.keys[layer][arenas, :, tokens] = k
         self.values[layer][arenas, :, tokens] = v
 
@@ -169,6 +171,7 @@ class PageStore:
 
     def _release(self, page: int) -> None:
         self.owners.pop(page, None)
+        self.releases += 1
         if self.debug:
             self._fill(page, float("nan"))
 

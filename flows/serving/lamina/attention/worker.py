@@ -117,6 +117,7 @@ class Server:
                 answer = error_frame(frame.header, str(error))
             if answer is not None:
                 link.send(answer.header, answer.payload, SEND_TIMEOUT_S)
+            self.session.settle()
 
     def _say_goodbye(self, link: Link, frame: Frame) -> None:
         with suppress(TrunklineError):

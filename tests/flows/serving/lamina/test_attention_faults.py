@@ -278,3 +278,18 @@ def test_threads_change_no_bit():
             found.append(run(pool, requests, plans, tables))
     for slot in range(4):
         np.testing.assert_array_equal(found[0][slot][0], found[1][slot][0])
+
+
+def test_a_page_freed_during_an_iteration_is_not_written(worker):
+    server, addresses = worker
+    requests = Requests({1: 1})
+    with connect(addresses, WHOLE) as pool:
+        table = RowTable((Span(1, 0),), (TableDelta(1, 0, (1,)),))
+        pool.plan(table, 1)
+        pool.free([1])
+        pool.assign([TableDelta(2, 0, (1,))])  # a broken fence: the page has another owner already
+        q, k, v = requests.rows(table, 0)
+        pool.attend(0, q, 1)
+        with pytest.raises(DataError, match="slot 1 has no page for position 0"):
+            pool.kv(0, k, v, 1)
+        assert not server.session._store.page(0, 1)[0].any()
