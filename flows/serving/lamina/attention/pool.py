@@ -269,9 +269,10 @@ class AttentionPool:
 
     def _receive(self, worker: int, expected: Header, deadline: float) -> Frame:
         """The awaited frame; those that were awaited by an iteration given up are passed over."""
+        began = time.monotonic()
         while True:
             remaining = max(deadline - time.monotonic(), 1e-3)
-            frame = self._guard(worker, partial(self._link(worker).receive, remaining))
+            frame = self._guard(worker, partial(self._link(worker).receive, remaining), deadline - began)
             header = frame.header
             if header.type is FrameType.ERROR:
                 if 0 < header.iteration < expected.iteration:
@@ -286,13 +287,12 @@ class AttentionPool:
             raise LinkClosed("this pool is closed")
         return self._links[worker]
 
-    def _guard(self, worker: int, operation: Callable[[], T]) -> T:
+    def _guard(self, worker: int, operation: Callable[[], T], within_s: float | None = None) -> T:
         try:
             return operation()
         except LinkTimeout:
-            raise WorkerLost(
-                worker, f"{self.names[worker]} gave no answer within {self.deadline_s * 1e3:.0f} ms"
-            ) from None
+            patience = "in time" if within_s is None else f"within {within_s * 1e3:.0f} ms"
+            raise WorkerLost(worker, f"{self.names[worker]} gave no answer {patience}") from None
         except LinkClosed as error:
             raise WorkerLost(worker, f"{self.names[worker]} is lost: {error}") from None
         except FrameError as error:

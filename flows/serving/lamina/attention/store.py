@@ -135,10 +135,17 @@ class PageStore:
         return torch.cat([k for k, _ in parts], 1), torch.cat([v for _, v in parts], 1)
 
     def holds(self, slot: int, start: int, end: int) -> bool:
-        """Whether all pages of these positions are here (at sequence level some are elsewhere)."""
+        """Whether the pages of these positions, all of one block, are here; at sequence level others have them.
+
+        Raises:
+            DataError: some are here and some are not, so that nobody would compute with the block.
+        """
         pages = self.tables.get(slot, np.empty(0, np.int64))[start // PAGE_TOKENS : -(-end // PAGE_TOKENS)]
         wanted = -(-end // PAGE_TOKENS) - start // PAGE_TOKENS
-        return len(pages) == wanted and not bool((pages == NO_PAGE).any())
+        here = int((pages != NO_PAGE).sum())
+        if here not in (0, wanted):
+            raise DataError(f"slot {slot} has {here} of {wanted} pages for positions {start} to {end - 1}")
+        return here == wanted
 
     def require(self, span: Span) -> None:
         """

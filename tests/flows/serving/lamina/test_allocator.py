@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flows.errors import ConfigError, ResourceError
+from flows.errors import ConfigError, DataError, ResourceError
 from flows.serving.lamina.attention.allocator import OutOfPages, PageAllocator
 from flows.serving.lamina.attention.partition import (
     HeadPartition,
@@ -116,3 +116,12 @@ def test_every_token_of_a_sequence_has_one_owner():
     assert sorted(row for share in shares for row in share.kv_rows.tolist()) == list(range(60))
     entries = sorted((delta.first, delta.pages) for share in shares for delta in share.table.deltas)
     assert entries == [(1, (9,)), (2, (0, 1)), (4, (5,))]
+
+
+def test_half_a_block_is_not_silently_left_out():
+    store = PageStore(1, 8, 1, 1, 64)
+    store.assign(TableDelta(1, 4, (0, 1)))
+    assert store.holds(1, 64, 96)
+    assert not store.holds(1, 0, 64)
+    with pytest.raises(DataError, match="2 of 4 pages for positions 64 to 127"):
+        store.holds(1, 64, 128)

@@ -66,6 +66,7 @@ def head_bytes(**changes):
         (head_bytes(checksum=5), "checksum"),
         (head_bytes(type=7), "checksum"),
     ],
+    ids=["http", "version", "type", "number", "oversize", "config", "checksum", "reserved"],
 )
 def test_bytes_that_are_no_frame_end_one_connection_with_a_reason(data, words, worker):
     _, (address,) = worker
