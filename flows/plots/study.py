@@ -102,9 +102,11 @@ def study_scatter(
     if boundary is not None:
         axes.axvline(boundary, color=INK, lw=1, ls=(0, (4, 3)), zorder=1.5)
         axes.annotate(
-            f" no relation from {boundary:.3f} on",
+            f"the relation ends at {boundary:.3f}",
             (boundary, 1),
+            xytext=(5, 0),
             xycoords=("data", "axes fraction"),
+            textcoords="offset points",
             va="top",
             fontsize=9,
             color=INK,

@@ -96,6 +96,20 @@ class Analysis:
         return bool(above) and 2 * sum(bool(found.series_overfitted) for found in above) >= len(above)
 
     @property
+    def early_overfitted(self) -> list[float]:
+        """How many points overfitted cells below the boundary finetune above the line through all of them."""
+        line = self.boundary
+        if line is None:
+            return []
+        return [
+            found.cell.finetuned_top1 - (line.intercept_below + line.slope_below * found.cell.loss)
+            for found in self.cells
+            if found.verdict == "overfitted"
+            and not found.past_boundary
+            and found.cell.finetuned_top1 is not None
+        ]
+
+    @property
     def fitted_cells(self) -> list[Cell]:
         return [judged.cell for judged in self.cells if judged.in_fit]
 
@@ -120,11 +134,15 @@ def analyse(table: Table, settings: AnalysisSettings) -> Analysis:
     boundary, absent = correlations.find_boundary(cells, settings.draws, settings.seed)
     fitted = [cell for cell in cells if overfitting.can_be_fitted(cell, series[cell.series])]
     fit, fit_absent = None, ""
-    if (needed := scaling_law.cells_needed(fitted) if fitted else 1) > len(fitted):
-        fit_absent = f"{len(fitted)} cells are left that have not overfitted, the fit needs {needed}"
-        notes.append(f"no law is fitted: {fit_absent}")
+    needed = scaling_law.cells_needed(fitted or cells)
+    if len(fitted) < needed:
+        fit_absent = f"{len(fitted)} of {len(cells)} cells have not overfitted, the fit needs {needed}"
+    elif not scaling_law.varying(fitted):
+        fit_absent = f"the {len(fitted)} cells that have not overfitted do not differ"
     else:
         fit = scaling_law.fit_law(fitted, settings.law_draws, settings.seed)
+    if fit_absent:
+        notes.append(f"no law is fitted: {fit_absent}")
     main, advised = None, None
     others: list[HeldOut] = []
     ladder: list[Advice] = []

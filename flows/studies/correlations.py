@@ -174,7 +174,11 @@ def correlate(cells: Sequence[Cell], draws: int, seed: int) -> Correlation:
     known = with_accuracy(cells)
     names = sorted({cell.series for cell in known})
     if len(known) < FEWEST_FOR_CORRELATION:
-        return Correlation(len(known), len(names), reason=f"fewer than {FEWEST_FOR_CORRELATION} cells")
+        return Correlation(
+            len(known),
+            len(names),
+            reason=f"{len(known)} cells have an accuracy, {FEWEST_FOR_CORRELATION} are needed",
+        )
     x = np.array([cell.loss for cell in known])
     y = np.array([cell.finetuned_top1 for cell in known], dtype=float)
     if np.ptp(x) == 0 or np.ptp(y) == 0:

@@ -157,10 +157,14 @@ class Fit:
 # --------------------------------------------------------------------------------------------- fit
 
 
+def varying(cells: Sequence[Cell]) -> list[str]:
+    """Factors that differ between cells."""
+    return [name for name in FACTORS if len({getattr(cell, name) for cell in cells}) > 1]
+
+
 def cells_needed(cells: Sequence[Cell]) -> int:
     """By the smaller form: E, a factor, an exponent per factor that varies, a constant per further source."""
-    varying = sum(len({getattr(cell, name) for cell in cells}) > 1 for name in FACTORS)
-    return 2 + varying + len({cell.corpus for cell in cells}) - 1 + SPARE_CELLS
+    return 2 + len(varying(cells)) + len({cell.corpus for cell in cells}) - 1 + SPARE_CELLS
 
 
 def check_enough(cells: Sequence[Cell], what: str = "cells") -> None:
@@ -168,7 +172,7 @@ def check_enough(cells: Sequence[Cell], what: str = "cells") -> None:
     Raises:
         DataError: the fit needs more cells, or none of its factors varies.
     """
-    if not any(len({getattr(cell, name) for cell in cells}) > 1 for name in FACTORS):
+    if not varying(cells):
         raise DataError(
             f"no fit: all {len(cells)} {what} have the same {', '.join(FACTORS)}; at least one has to vary"
         )

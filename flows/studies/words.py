@@ -62,7 +62,19 @@ def say_accuracy(analysis: Analysis) -> str:
         f"{said} The relation ends at a loss of about {line.loss:.3f}: below, {_r(below)} over {below.cells} "
         f"cells and accuracy ≈ {line.intercept_below:.1f} {signed(line.slope_below, 1)[0]} "
         f"{abs(line.slope_below):.1f} · loss; at or above, {_r(above)} over {above.cells} cells"
-        + (", which is no relation." if _holds_zero(above) else ".")
+        + (", which is no relation." if _holds_zero(above) else ", the other way round.")
+        + _say_early(analysis.early_overfitted)
+    )
+
+
+def _say_early(found: Sequence[float]) -> str:
+    if len(found) < 2 or not (min(found) > 0 or max(found) < 0):
+        return ""
+    better = "above" if min(found) > 0 else "below"
+    low, high = sorted((abs(min(found)), abs(max(found))))
+    return (
+        f" The {len(found)} overfitted cells before it finetune {low:.1f} to {high:.1f} points {better} that "
+        "line."
     )
 
 
@@ -211,9 +223,14 @@ def say_headline(analysis: Analysis) -> str:
     below = analysis.correlations.get("below_boundary")
     if analysis.boundary and below:
         until = " as long as nothing overfits" if analysis.is_boundary_of_overfitting else ""
+        tells = "may tell" if _holds_zero(below) else "tells"
+        above = analysis.correlations["at_or_above_boundary"]
+        after = "it tells nothing"
+        if above.pearson is not None and not _holds_zero(above):
+            after = f"a higher loss goes with a higher accuracy (r {signed(above.pearson)})"
         parts.append(
-            f"The validation loss of pretraining tells the finetuned accuracy{until} (r "
-            f"{signed(below.pearson)}); from a loss of {analysis.boundary.loss:.3f} on it tells nothing."
+            f"The validation loss of pretraining {tells} the finetuned accuracy{until} (r "
+            f"{signed(below.pearson)}); from a loss of {analysis.boundary.loss:.3f} on {after}."
         )
     elif whole.pearson is not None and not _holds_zero(whole):
         parts.append(f"Validation loss and finetuned accuracy go together (r {signed(whole.pearson)}).")

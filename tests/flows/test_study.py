@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,7 @@ GRID = {
     "models": ["swin_v2_atto", "swin_v2_femto"],
     "percentages": [10, 100],
     "steps": [20, 40],
-    "leave_out": [["swin_v2_femto", 10]],
+    "leave_out": [["swin_v2_atto", 100], ["swin_v2_femto", 10]],
 }
 
 
@@ -130,28 +131,16 @@ def test_a_study_runs_each_cell_once_and_tells_them_all(clone: Path) -> None:
     )
     first = study.study(table="mine.csv", parallel=3)
     ran = executed(clone)
-    assert sorted({line.split()[0] for line in ran}) == [
-        "evaluate-pretrained",
-        "ingest",
-        "pretrain",
-        "scale",
-        "study",
-    ]
-    assert [
-        sum(line.startswith(stage) for line in ran) for stage in ("ingest", "scale", "pretrain", "study")
-    ] == [
-        1,
-        1,
-        6,
-        1,
-    ]
+    stages = Counter(line.split()[0] for line in ran)
+    assert stages == {"ingest": 1, "scale": 1, "pretrain": 4, "evaluate-pretrained": 3, "study": 1}
     warmups = {(line.split()[3], line.split()[4]) for line in ran if line.startswith("pretrain")}
     assert warmups == {("20", "2"), ("40", "4")}, "a tenth of its own steps"
 
     found = cells(first)
-    assert set(found) == {("swin_v2_atto", images, steps) for images in (12, 120) for steps in (20, 40)} | {
-        ("swin_v2_femto", 120, 20),
-        ("swin_v2_femto", 120, 40),
+    assert set(found) == {
+        (model, images, steps)
+        for model, images in (("swin_v2_atto", 12), ("swin_v2_femto", 120))
+        for steps in (20, 40)
     }
     diverged, strange = found["swin_v2_atto", 12, 20], found["swin_v2_atto", 12, 40]
     assert (diverged.status, diverged.validation_loss) == ("failed", None)
@@ -166,23 +155,18 @@ def test_a_study_runs_each_cell_once_and_tells_them_all(clone: Path) -> None:
     assert (clone / "mine.csv").read_bytes() == table.read_bytes()
     assert (table.parent / "artifacts/study/seen.csv").read_bytes() == table.read_bytes()
     assert first["page"].endswith("artifacts/study/study.html")
-    assert first["counts"] == {"done": 4, "failed": 2, "impossible": 0, "stopped": 0, "waiting": 0}
+    assert first["counts"] == {"done": 2, "failed": 2, "impossible": 0, "stopped": 0, "waiting": 0}
 
     # again: nothing runs; a grid that grows: its new cells alone, in the same folder
     (clone / "pretrain.sh").unlink()
     assert study.study()["executed"] == []
     assert executed(clone) == ran
-    grown = study.study(
-        settings=["study.steps=[20,40,60]", "study.leave_out=[[swin_v2_atto,10],[swin_v2_femto,10]]"]
-    )
+    left_out = "study.leave_out=[[swin_v2_atto,10],[swin_v2_atto,100],[swin_v2_femto,10]]"
+    grown = study.study(settings=["study.steps=[20,40,60]", left_out])
     assert grown["table"] == first["table"]
     more = executed(clone)[len(ran) :]
-    assert sorted(more) == [
-        *("evaluate-pretrained swin_v2_atto 100 60 6", "evaluate-pretrained swin_v2_femto 100 60 6"),
-        *("pretrain swin_v2_atto 100 60 6", "pretrain swin_v2_femto 100 60 6"),
-        more[-1],
-    ]
-    assert more[-1].startswith("study ")
+    assert more[:2] == ["pretrain swin_v2_femto 100 60 6", "evaluate-pretrained swin_v2_femto 100 60 6"]
+    assert [line.split()[0] for line in more[2:]] == ["study"]
 
 
 def test_cells_are_the_workspaces_of_ordinary_runs(clone: Path) -> None:
@@ -225,7 +209,7 @@ def test_no_cell_with_a_result_is_an_error(clone: Path) -> None:
     assert (answer["table"], answer["analysis"]) == ("", "no cell is done")
     planned = prepare_study()
     rows = {point.name: planned.known_row(point) for point in planned.points}
-    with pytest.raises(TrunklineError, match="6 of 6 cells failed"):
+    with pytest.raises(TrunklineError, match="4 of 4 cells failed"):
         study_cells.refuse_failures(answer["counts"], rows, strict=False)
 
 
@@ -263,7 +247,7 @@ def test_killed_in_the_middle_only_missing_cells_run(
     clone: Path, start: Callable[[], subprocess.Popen[bytes]]
 ) -> None:
     values = params.read(clone / "params.yaml")
-    values["study"] |= {"models": ["swin_v2_femto"], "leave_out": []}
+    values["study"] |= {"models": ["swin_v2_femto"], "percentages": [100], "leave_out": []}
     (clone / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
     (clone / "pretrain.sh").write_text(SLOW)
     process = start()
@@ -274,7 +258,7 @@ def test_killed_in_the_middle_only_missing_cells_run(
         return len(read_cells(path).cells) if path.is_file() and ",done," in path.read_text() else 0
 
     deadline = time.monotonic() + 120
-    while done() < 3:
+    while done() < 1:
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -286,8 +270,8 @@ def test_killed_in_the_middle_only_missing_cells_run(
 
     (clone / "go").touch()
     answer = study.study()
-    assert answer["counts"]["done"] == 4
-    assert len(answer["known"]) == 3
+    assert answer["counts"]["done"] == 2
+    assert len(answer["known"]) == 1
     again = executed(clone)[len(before) :]
     assert again[:2] == ["pretrain swin_v2_femto 100 40 4", "evaluate-pretrained swin_v2_femto 100 40 4"]
     assert len(again) == 3, "and the analysis"
@@ -299,7 +283,7 @@ def test_killed_in_the_middle_only_missing_cells_run(
 def test_operations_are_those_counted_by_hand(home_params: params.Params) -> None:
     """Products of the forward pass, twice as many backward, less the gradients that nobody asks for."""
     values = home_params.model_dump()
-    values["model"] = {"backbone": "swin_v2_atto", "image_size": 32, "patch_size": 4, "window_size": 4}
+    values["model"] |= {"backbone": "swin_v2_atto", "image_size": 32, "patch_size": 4, "window_size": 4}
     values["pretrain"]["mask_unit"] = 8
     values["pretrain"]["training"] |= {"steps": 30, "batch_size": 16, "warmup_steps": 3}
     cost = costs.estimate(params.Params.model_validate(values))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -13,6 +16,8 @@ from hypothesis import strategies as st
 from flows.data.splits import Candidate, apportion, assign_splits, refuse_leaks
 from flows.data.subsets import draw_subsets, load_subset, save_subsets
 from flows.errors import DataError
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def candidates(counts: list[int], repeat: int = 1, split: str | None = None) -> list[Candidate]:
@@ -216,3 +221,25 @@ def test_saved_subsets_are_checked_when_loaded(tmp_path: Path) -> None:
         load_subset(tmp_path, 10)
     with pytest.raises(DataError, match="run `dvc repro scale` first"):
         load_subset(tmp_path / "elsewhere", 10)
+
+
+def test_subsets_are_pinned_and_owe_nothing_to_order_locale_or_hash_seed() -> None:
+    """Names of other scripts, classes of unequal size and not in order: the same rows on every machine."""
+    code = (
+        "from flows.data.subsets import draw_subsets; import hashlib, json;"
+        "keys = [f'{name}/{n:03d}.png' for n in range(40) for name in ('Zebra', '\\u00e4pfel', '\\u732b')];"
+        "labels = [(7, 0, 3)[n % 3] if n < 90 else 3 for n in range(120)];"
+        "found = draw_subsets(keys, labels, [100, 5, 50, 20], 3);"
+        "print(hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16])"
+    )
+    answers = {
+        subprocess.run(
+            [sys.executable, "-X", "utf8=0" if locale == "C" else "utf8=1", "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed, "LC_ALL": locale, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+        for seed, locale in (("0", "C"), ("1", "C.UTF-8"))
+    }
+    assert answers == {"0a7c0919555ed966"}
