@@ -135,7 +135,7 @@ class PageStore:
         return torch.cat([k for k, _ in parts], 1), torch.cat([v for _, v in parts], 1)
 
     def holds(self, slot: int, start: int, end: int) -> bool:
-        """Whether the pages of these positions, all of one block, are here; at sequence level others have them.
+        """Whether the pages of these positions, all of one block, are here and not on another worker.
 
         Raises:
             DataError: some are here and some are not, so that nobody would compute with the block.
