@@ -1,0 +1,1 @@
+"""Lamina: language models served with attention offloaded to memory devices (spec: serving)."""
