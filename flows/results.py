@@ -92,6 +92,8 @@ class Receipt:
     git: str
     duration_s: float
     device_hours: float
+    peak_memory_bytes: int = 0  # receipts of earlier versions have none
+    peak_gpu_memory_bytes: int = 0
 
 
 def worst_mistakes(predictions: Sequence[Prediction]) -> list[Prediction]:

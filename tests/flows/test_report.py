@@ -10,7 +10,7 @@ from pathlib import Path
 import fake_workspace
 import pytest
 
-from flows import files, markup, paths, report, results
+from flows import files, markup, paths, report, results, stage
 from flows.errors import DataError
 from models.classification.metrics import Interval
 
@@ -225,6 +225,14 @@ def test_an_empty_workspace_gives_a_report_too(tmp_path: Path) -> None:
     assert "No classifier has been evaluated yet." in page.text
     assert "No data: the stage ingest has left no results in this workspace." in page.text
     assert "No receipts" in page.text
+
+
+def test_receipts_are_read_as_stages_write_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    stage._write_receipt(stage.Stage("finetune", "scratch", device_hours=0.25), 3.5)
+    (found,) = results.read_receipts(tmp_path)
+    assert (found.stage, found.duration_s, found.device_hours) == ("finetune@scratch", 3.5, 0.25)
+    assert found.peak_memory_bytes > 0
 
 
 @pytest.mark.usefixtures("no_pictures")

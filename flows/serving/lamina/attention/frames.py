@@ -1,0 +1,197 @@
+"""The frames between engine and attention workers (spec section 11): a header of fixed size, then bytes.
+
+Everything that comes in is untrusted until its header is checked: magic, version, type, number type and size
+are looked at before a byte of the payload is read or memory for it is taken, the checksum over header and
+payload before anyone sees it. Payloads are raw float32 tensors, row tables (`rows.py`) or small JSON; nothing
+is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+import zlib
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flows.errors import TrunklineError
+
+MAGIC = 0x4E494D4C  # "LMIN"
+VERSION = 1
+MAX_PAYLOAD = 256 << 20  # bytes; also bounds what one peer can make a worker allocate
+MAX_JSON = 1 << 20
+MAX_HELLO = 256
+
+# magic, version, type, number type, unused, epoch, iteration, layer, micro-batch, rows, size, checksum
+_HEADER = struct.Struct("<IBBBxIQHHIII")
+HEADER_BYTES = _HEADER.size
+_CHECKSUM_AT = HEADER_BYTES - 4
+
+
+class FrameError(TrunklineError):
+    """A peer sent bytes that are not a frame of this protocol; the connection cannot go on."""
+
+
+class FrameType(IntEnum):
+    HELLO = 1
+    CONFIG = 2
+    PLAN = 3
+    Q = 4
+    KV = 5
+    OUT = 6
+    PREFILL_KV = 7  # reserved for a prefill pool
+    ALLOC = 8
+    FREE = 9
+    ABORT = 10
+    PING = 11
+    STATS = 12
+    ERROR = 13
+    DRAIN = 14
+
+
+class NumberType(IntEnum):
+    NONE = 0  # not a tensor
+    FLOAT32 = 1
+
+
+_LIMITS = {FrameType.HELLO: MAX_HELLO} | dict.fromkeys(
+    (FrameType.CONFIG, FrameType.PING, FrameType.STATS, FrameType.ERROR, FrameType.ABORT, FrameType.DRAIN),
+    MAX_JSON,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What precedes every payload."""
+
+    type: FrameType
+    epoch: int = 0
+    iteration: int = 0
+    layer: int = 0
+    micro_batch: int = 0
+    number_type: NumberType = NumberType.NONE
+    rows: int = 0
+    payload_bytes: int = 0
+    checksum: int = 0
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """Which plan the frame belongs to."""
+        return self.iteration, self.micro_batch
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """A header with its payload, checked."""
+
+    header: Header
+    payload: bytes | bytearray | memoryview = b""
+
+
+def encode(header: Header, payload: bytes | bytearray | memoryview = b"") -> tuple[bytes, memoryview]:
+    """Header bytes, with size and checksum filled in, and the payload as bytes."""
+    body = memoryview(payload).cast("B") if len(payload) else memoryview(b"")
+    if len(body) > _LIMITS.get(header.type, MAX_PAYLOAD):
+        raise FrameError(f"a {header.type.name} frame of {len(body)} bytes is too large to send")
+    packed = _pack(replace(header, payload_bytes=len(body), checksum=0))
+    checksum = zlib.crc32(body, zlib.crc32(packed[:_CHECKSUM_AT]))
+    return packed[:_CHECKSUM_AT] + struct.pack("<I", checksum), body
+
+
+def decode_header(data: bytes | bytearray, limit: int = MAX_PAYLOAD) -> Header:
+    """Read a header and judge all of it but the checksum, which needs the payload.
+
+    Args:
+        limit: bytes that the payload may have at most, whatever its type.
+
+    Raises:
+        FrameError: not a frame of this version, or too large.
+    """
+    if len(data) != HEADER_BYTES:
+        raise FrameError(f"a frame header of {len(data)} bytes, expected {HEADER_BYTES}")
+    magic, version, kind, number, epoch, iteration, layer, micro, rows, size, checksum = _HEADER.unpack(data)
+    if magic != MAGIC:
+        raise FrameError("the peer does not speak this protocol (wrong magic number)")
+    if version != VERSION:
+        raise FrameError(f"the peer speaks version {version} of the protocol, this is version {VERSION}")
+    try:
+        header = Header(
+            FrameType(kind), epoch, iteration, layer, micro, NumberType(number), rows, size, checksum
+        )
+    except ValueError as error:
+        raise FrameError(f"unknown frame: {error}") from None
+    allowed = min(limit, _LIMITS.get(header.type, MAX_PAYLOAD))
+    if size > allowed:
+        raise FrameError(f"a {header.type.name} frame announces {size} bytes, at most {allowed} are taken")
+    return header
+
+
+def verify(header: Header, data: bytes | bytearray, payload: bytes | bytearray | memoryview) -> None:
+    """
+    Raises:
+        FrameError: header bytes `data` and payload are not what was sent.
+    """
+    if zlib.crc32(payload, zlib.crc32(memoryview(data)[:_CHECKSUM_AT])) != header.checksum:
+        raise FrameError(f"a {header.type.name} frame was damaged on its way (wrong checksum)")
+
+
+def pack_tensors(*arrays: NDArray[np.float32]) -> bytes | memoryview:
+    """float32 arrays one after another, little-endian."""
+    parts = [np.ascontiguousarray(array, dtype="<f4") for array in arrays]
+    if len(parts) == 1:
+        return parts[0].reshape(-1).data.cast("B") if parts[0].size else b""
+    return b"".join(part.tobytes() for part in parts)
+
+
+def unpack_tensors(frame: Frame, *shapes: tuple[int, ...]) -> list[NDArray[np.float32]]:
+    """float32 arrays of these shapes, sharing memory with the payload.
+
+    Raises:
+        FrameError: another size or number type.
+    """
+    header = frame.header
+    sizes = [math.prod(shape) for shape in shapes]
+    if header.number_type is not NumberType.FLOAT32 or len(frame.payload) != 4 * sum(sizes):
+        raise FrameError(
+            f"a {header.type.name} frame of layer {header.layer} holds {len(frame.payload)} bytes of "
+            f"{header.number_type.name}, expected {4 * sum(sizes)} of FLOAT32"
+        )
+    flat = np.frombuffer(frame.payload, dtype="<f4")
+    ends = list(accumulate(sizes))
+    return [
+        flat[end - size : end].reshape(shape) for end, size, shape in zip(ends, sizes, shapes, strict=True)
+    ]
+
+
+def pack_json(value: dict[str, Any]) -> bytes:
+    return json.dumps(value).encode()
+
+
+def unpack_json(frame: Frame) -> dict[str, Any]:
+    """
+    Raises:
+        FrameError: not a JSON object.
+    """
+    try:
+        value = json.loads(bytes(frame.payload))
+    except (ValueError, RecursionError) as error:
+        raise FrameError(f"a {frame.header.type.name} frame is not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise FrameError(f"a {frame.header.type.name} frame is not a JSON object")
+    return value
+
+
+def _pack(header: Header) -> bytes:
+    try:
+        return _HEADER.pack(
+            MAGIC, VERSION, header.type, header.number_type, header.epoch, header.iteration, header.layer,
+            header.micro_batch, header.rows, header.payload_bytes, header.checksum,
+        )  # fmt: skip
+    except struct.error as error:
+        raise FrameError(f"{header} does not fit a frame: {error}") from None

@@ -1,0 +1,397 @@
+"""What an attention worker does with a frame: `Session.handle` gives the answer, sockets are elsewhere.
+
+One iteration: PLAN says which rows come; for every layer Q starts the attention over what is stored already,
+KV is written to its pages, adds the rows' own tokens and the chunk's, and is answered by OUT. All of it may
+be repeated: the same frames again give the same bytes and the same answer. A frame of an older epoch is
+dropped without a word, which fences an engine that only seemed dead.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
+
+from flows.errors import DataError
+from flows.serving.lamina.attention.frames import (
+    Frame,
+    FrameError,
+    FrameType,
+    Header,
+    NumberType,
+    pack_json,
+    pack_tensors,
+    unpack_json,
+    unpack_tensors,
+)
+from flows.serving.lamina.attention.store import PageStore, page_bytes
+from flows.serving.lamina.rows import PAGE_TOKENS, RowTable, Span
+from models.ops.partial_attention import (
+    AttentionRule,
+    Part,
+    Work,
+    attend_previous,
+    attend_self,
+    batch_invariant,
+    divide_work,
+    empty_part,
+    finish,
+    merge,
+)
+
+T = TypeVar("T")
+
+MAX_PLANS = 4
+"""Plans kept: two iterations in flight, two micro-batches each. The oldest makes room."""
+
+
+class LayerSettings(BaseModel):
+    """How one layer attends, as the bundle's manifest says."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    scale: float = Field(gt=0, allow_inf_nan=False)
+    window: int = Field(default=0, ge=0)
+    soft_cap: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+
+
+class WorkerSettings(BaseModel):
+    """All that a worker has to know of a model: the CONFIG frame."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    layers: list[LayerSettings] = Field(min_length=1, max_length=4096)
+    kv_heads: int = Field(ge=1, le=4096)  # of this worker
+    group: int = Field(ge=1, le=4096)  # query heads to each of them
+    head_dim: int = Field(ge=1, le=4096)
+    pages: int = Field(ge=1, le=1 << 31)
+    block_tokens: int = Field(default=1024, ge=PAGE_TOKENS, le=1 << 20, multiple_of=PAGE_TOKENS)
+    partials: bool = False  # other workers hold other tokens of the same rows: answer with log-sum-exp
+    debug: bool = False
+
+    @property
+    def bytes(self) -> int:
+        per_block = self.block_tokens // PAGE_TOKENS
+        pages = -(-self.pages // per_block) * per_block  # whole arenas
+        return pages * page_bytes(len(self.layers), self.kv_heads, self.head_dim)
+
+
+@dataclass
+class Plan:
+    """The rows of one micro-batch and how far each layer is."""
+
+    table: RowTable
+    own: NDArray[np.int64]  # rows whose own token is stored here
+    places: tuple[Tensor, Tensor]  # where they go
+    releases: int  # of the store, when `places` was true
+    early: dict[int, tuple[Tensor, list[Part | None]]] = field(default_factory=dict)  # layer → q, parts
+
+
+class Session:
+    """State of one worker: pages, plans, epoch.
+
+    Args:
+        max_bytes: for keys and values; a CONFIG that needs more is refused.
+        threads: requests that are computed at the same time, each by one thread.
+    """
+
+    def __init__(self, max_bytes: int, threads: int = 1, device: str = "cpu") -> None:
+        self.max_bytes, self.device = max_bytes, device
+        self.epoch = 0
+        self.draining = False
+        self.settings: WorkerSettings | None = None
+        self.counts: Counter[str] = Counter()
+        self._rules: list[AttentionRule] = []
+        self._store: PageStore | None = None
+        self._plans: dict[tuple[int, int], Plan] = {}
+        self._unwritten: Callable[[], None] | None = None
+        self._threads = ThreadPoolExecutor(threads, "attention") if threads > 1 else None
+        self._handlers: dict[FrameType, Callable[[Frame], Frame | None]] = {
+            FrameType.CONFIG: self._configure,
+            FrameType.PLAN: self._plan,
+            FrameType.Q: self._attend,
+            FrameType.KV: self._finish,
+            FrameType.ALLOC: self._assign,
+            FrameType.FREE: self._free,
+            FrameType.ABORT: self._abort,
+            FrameType.STATS: self._stats,
+        }
+
+    @property
+    def busy(self) -> bool:
+        """Whether an iteration is under way."""
+        return bool(self._plans)
+
+    def handle(self, frame: Frame) -> Frame | None:
+        """The answer to a frame, or None if it has none.
+
+        Raises:
+            DataError, FrameError: the frame cannot be obeyed; nothing was changed.
+        """
+        header = frame.header
+        if header.epoch < self.epoch:
+            self.counts["stale"] += 1
+            return None
+        if header.epoch > self.epoch:
+            raise FrameError(
+                f"frame of epoch {header.epoch}, this worker is in {self.epoch}; send HELLO first"
+            )
+        self.settle()
+        handler = self._handlers.get(header.type)
+        if handler is None:
+            raise FrameError(f"a worker does not take {header.type.name} frames")
+        self.counts[header.type.name.lower()] += 1
+        with torch.inference_mode():
+            return handler(frame)
+
+    def settle(self) -> None:
+        """Write what the last answer left unwritten: an answer does not wait for it, the next frame does."""
+        unwritten, self._unwritten = self._unwritten, None
+        if unwritten is not None:
+            with torch.inference_mode():
+                unwritten()
+
+    def enter_epoch(self, epoch: int) -> None:
+        """What older engines send counts no more; plans of theirs are forgotten, pages are kept."""
+        if epoch > self.epoch:
+            self.epoch = epoch
+            self._plans.clear()
+
+    # --- control plane
+
+    def _configure(self, frame: Frame) -> Frame:
+        try:
+            settings = WorkerSettings.model_validate(unpack_json(frame))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise DataError(f"CONFIG: {where}: {first['msg']}") from None
+        if settings.bytes > self.max_bytes:
+            per_page = page_bytes(len(settings.layers), settings.kv_heads, settings.head_dim)
+            raise DataError(
+                f"CONFIG asks for {settings.bytes} bytes of pages, this worker may use {self.max_bytes}: "
+                f"at most {self.max_bytes // per_page} pages of {per_page} bytes"
+            )
+        if settings != self.settings:
+            self._plans.clear()
+            self._store = None  # the old pages go before the new ones come
+            self._store = PageStore(
+                len(settings.layers), settings.pages, settings.kv_heads, settings.head_dim,
+                settings.block_tokens, self.device, settings.debug,
+            )  # fmt: skip
+            self._rules = [
+                AttentionRule(layer.scale, layer.window, layer.soft_cap) for layer in settings.layers
+            ]
+            self.settings = settings
+        sizes = (
+            min(settings.kv_heads, 2),
+            settings.group,
+            settings.head_dim,
+            min(settings.block_tokens, 256),
+        )
+        return _answer(
+            frame, pack_json({"bytes": settings.bytes, "batch_invariant": batch_invariant(*sizes)})
+        )
+
+    def _assign(self, frame: Frame) -> Frame:
+        for delta in RowTable.decode(frame.payload).deltas:
+            self._ready()[1].assign(delta)
+        return _answer(frame)
+
+    def _free(self, frame: Frame) -> Frame:
+        if len(frame.payload) % 4:
+            raise FrameError(f"a FREE frame of {len(frame.payload)} bytes is not a list of slots")
+        for slot in np.frombuffer(frame.payload, "<u4").tolist():
+            self._ready()[1].free(slot)
+        return _answer(frame)
+
+    def _abort(self, frame: Frame) -> Frame:
+        self._plans.pop(frame.header.key, None)
+        return _answer(frame)
+
+    def _stats(self, frame: Frame) -> Frame:
+        store = self._store
+        return _answer(
+            frame,
+            pack_json(
+                {
+                    "epoch": self.epoch,
+                    "draining": self.draining,
+                    "pages": store.pages if store else 0,
+                    "pages_used": len(store.owners) if store else 0,
+                    "slots": len(store.tables) if store else 0,
+                    "bytes": store.bytes if store else 0,
+                    "plans": len(self._plans),
+                    "frames": dict(self.counts),
+                }
+            ),
+        )
+
+    # --- data plane
+
+    def _plan(self, frame: Frame) -> None:
+        if self.draining:
+            raise DataError("this worker is draining and takes no further iteration")
+        settings, store = self._ready()
+        table = RowTable.decode(frame.payload)
+        for delta in table.deltas:
+            store.assign(delta)
+        if settings.partials:
+            places = zip(table.slots.tolist(), table.positions.tolist(), strict=True)
+            own = np.flatnonzero([store.holds(slot, position, position + 1) for slot, position in places])
+        else:
+            for span in table.spans:
+                store.require(span)
+            own = np.arange(table.rows)
+        self._plans.pop(frame.header.key, None)
+        while len(self._plans) >= MAX_PLANS:
+            self._plans.pop(min(self._plans))
+        located = store.locate(table.slots[own], table.positions[own])
+        self._plans[frame.header.key] = Plan(table, own, located, store.releases)
+
+    def _attend(self, frame: Frame) -> None:
+        settings, _ = self._ready()
+        plan, layer = self._planned(frame)
+        rows = plan.table.rows
+        (array,) = unpack_tensors(frame, (rows, settings.kv_heads, settings.group, settings.head_dim))
+        q = torch.from_numpy(array).to(self.device)
+
+        def start(index: int) -> Part | None:
+            span = plan.table.spans[index]
+            work, _ = self._work(span, layer)
+            queries = q[plan.table.starts[index] : plan.table.starts[index + 1]]
+            return self._previous(queries, span, layer, work, None) if work else None
+
+        plan.early[layer] = q, self._map(start, plan)
+
+    def _finish(self, frame: Frame) -> Frame:
+        settings, store = self._ready()
+        plan, layer = self._planned(frame)
+        if layer not in plan.early:
+            raise DataError(f"KV of layer {layer} came before its Q")
+        shape = (len(plan.own), settings.kv_heads, settings.head_dim)
+        k, v = (torch.from_numpy(array).to(self.device) for array in unpack_tensors(frame, shape, shape))
+        table = plan.table
+        if plan.releases != store.releases:
+            plan.places = store.locate(table.slots[plan.own], table.positions[plan.own])
+            plan.releases = store.releases
+        late = any(self._work(span, layer)[1] for span in table.spans)
+        if len(plan.own):
+            self._unwritten = partial(store.write, layer, plan.places, k, v)
+        if late:  # a chunk attends to its own tokens
+            self.settle()
+        q, parts = plan.early.pop(layer)
+        rule = self._rules[layer]
+        own = empty_part(q)
+        if len(plan.own) == len(q):
+            own = attend_self(q, k, v, rule)
+        elif len(plan.own):
+            chosen = torch.from_numpy(plan.own)
+            found = attend_self(q[chosen], k, v, rule)
+            for tensor, values in zip(own, found, strict=True):
+                tensor[chosen] = values
+
+        def end(index: int) -> Part:
+            span = table.spans[index]
+            _, late = self._work(span, layer)
+            queries = q[table.starts[index] : table.starts[index + 1]]
+            part = parts[index]
+            if late:
+                part = self._previous(queries, span, layer, late, part)
+            return empty_part(queries) if part is None else part
+
+        out, log_sum = q, q[..., 0]
+        if table.rows:
+            ended = self._map(end, plan) if late else [end(index) for index in range(len(table.spans))]
+            previous = ended[0]
+            if len(ended) > 1:
+                previous = Part(*(torch.cat(tensors) for tensors in zip(*ended, strict=True)))
+            out, log_sum = finish(merge(previous, own))
+        if layer == len(self._rules) - 1:
+            self._plans.pop(frame.header.key)
+        arrays = [out.cpu().numpy()] + ([log_sum.cpu().numpy()] if settings.partials else [])
+        header = replace(frame.header, type=FrameType.OUT, rows=table.rows)
+        return Frame(header, pack_tensors(*arrays))
+
+    def _work(self, span: Span, layer: int) -> tuple[tuple[Work, ...], tuple[Work, ...]]:
+        """What can be done when Q comes, because it needs nothing of this iteration, and what only after."""
+        work = divide_work(
+            span.position, span.length, self._rules[layer].window, self._ready()[0].block_tokens
+        )
+        needed = (min(piece.key_end, span.position + piece.row_end - 1) for piece in work)
+        early = next((index for index, end in enumerate(needed) if end > span.position), len(work))
+        return work[:early], work[early:]
+
+    def _previous(
+        self, q: Tensor, span: Span, layer: int, work: Iterable[Work], before: Part | None
+    ) -> Part | None:
+        settings, store = self._ready()
+        if settings.partials:
+            work = [piece for piece in work if store.holds(span.slot, piece.key, piece.key_end)]
+            if not work:
+                return before
+        return attend_previous(
+            q,
+            span.position,
+            lambda start, end: store.read(layer, span.slot, start, end),
+            self._rules[layer],
+            settings.block_tokens,
+            before=before,
+            work=tuple(work),
+        )
+
+    def _map(self, function: Callable[[int], T], plan: Plan) -> list[T]:
+        indices = range(len(plan.table.spans))
+        if self._threads is None or len(indices) < 2:
+            return [function(index) for index in indices]
+
+        def run(index: int) -> T:
+            with torch.inference_mode():  # is a property of the thread
+                return function(index)
+
+        # longest first, so that no thread is left alone with one at the end
+        order = sorted(
+            indices, key=lambda index: -plan.table.spans[index].end * plan.table.spans[index].length
+        )
+        futures = {index: self._threads.submit(run, index) for index in order}
+        return [futures[index].result() for index in indices]
+
+    def _planned(self, frame: Frame) -> tuple[Plan, int]:
+        header = frame.header
+        plan = self._plans.get(header.key)
+        if plan is None:
+            raise DataError(
+                f"{header.type.name} of iteration {header.iteration}, micro-batch {header.micro_batch}, "
+                "which has no PLAN here"
+            )
+        if header.layer >= len(self._rules):
+            raise DataError(f"layer {header.layer} of {len(self._rules)}")
+        return plan, header.layer
+
+    def _ready(self) -> tuple[WorkerSettings, PageStore]:
+        if self.settings is None or self._store is None:
+            raise DataError("this worker was not configured; send CONFIG first")
+        return self.settings, self._store
+
+
+def _answer(frame: Frame, payload: bytes = b"") -> Frame:
+    return Frame(replace(frame.header, number_type=NumberType.NONE), payload)
+
+
+def error_frame(header: Header | None, text: str) -> Frame:
+    """What a peer is told before the connection ends."""
+    base = header or Header(FrameType.ERROR)
+    return Frame(replace(base, type=FrameType.ERROR, number_type=NumberType.NONE), pack_json({"error": text}))
+
+
+def default_scale(head_dim: int) -> float:
+    """The usual 1 / sqrt(hd)."""
+    return 1 / math.sqrt(head_dim)

@@ -1,0 +1,1 @@
+"""Operators with no well-kept CPU and GPU library behind them."""
