@@ -33,7 +33,7 @@ def test_trunkline_commands_parse(command: str) -> None:
     words = command.split("#")[0].split()[1:]
     named = [word for word in words if not word.startswith("-")][:2]
     runner = CliRunner()
-    depth = 2 if named[0] in ("serve", "study", "plan") else 1
+    depth = 2 if named[0] in ("serve", "study", "plan", "import", "export") else 1
     answer = runner.invoke(app, [*named[:depth], "--help"])
     assert answer.exit_code == 0
     for option in (word for word in words if word.startswith("--")):
