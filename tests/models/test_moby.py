@@ -110,7 +110,7 @@ def test_the_target_follows_at_the_start_of_a_step_with_the_weights_of_the_last_
             model.backbone.scale.fill_(online)
     assert expected > 3
     model.restart()
-    assert float(model.target_backbone.scale) == float(model.backbone.scale)
+    assert model.target_backbone.scale.item() == model.backbone.scale.item()
     assert int(model.step) == 0
 
 
