@@ -7,8 +7,10 @@ import torch
 
 import models
 from flows.errors import ConfigError
+from flows.planning import memory
 from flows.planning.memory import Choice, Network, count_saved, footprint, trace
 from flows.planning.training_plan import describe, plan_training
+from flows.training import distributed
 from models.pretext.simmim import SimMIM, random_masks
 
 PICO = Network("swin_v2_pico", 32, 4, "fp32")
@@ -55,3 +57,8 @@ def test_what_cannot_be_is_refused_in_one_sentence() -> None:
         plan_training(PICO, 0.001, 1, 64)
     with pytest.raises(ConfigError, match="unknown"):
         plan_training(Network("nothing", 32, 4), 80, 1, 64)
+
+
+def test_buffers_are_planned_as_training_sets_them() -> None:
+    for name in ("BUCKET_MIN", "BUCKET_MAX", "BUCKETS"):
+        assert getattr(memory, name) == getattr(distributed, name)
