@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -55,7 +54,7 @@ def run(
     from flows.pipeline import pipeline
     from flows.summary import print_summary
 
-    signal.signal(signal.SIGTERM, _interrupt)
+    environment.interrupt_on_sigterm()
     try:
         summary = pipeline(dataset=dataset, recipe=recipe, settings=set_, smoke=smoke)
     except KeyboardInterrupt:
@@ -91,18 +90,13 @@ def sweep(
     workspace.require_writable()
     from flows.sweep import sweep as run_sweep
 
-    signal.signal(signal.SIGTERM, _interrupt)
+    environment.interrupt_on_sigterm()
     try:
         summary = run_sweep(file, parallel, retry_failed)
     except KeyboardInterrupt:
         raise Interrupted("stopped; the same command continues where it was") from None
     print_results(summary)
     refuse_failures(summary, strict)
-
-
-def _interrupt(signum: int, frame: object) -> None:
-    """SIGTERM as Ctrl-C: the stage that runs writes a checkpoint, records are closed."""
-    raise KeyboardInterrupt
 
 
 def workspace_checks(dataset: str, recipe: str, settings: list[str], smoke: bool = False) -> None:
@@ -181,7 +175,7 @@ def promote(
     from flows.live import print_gates
     from flows.promotion import promotion
 
-    signal.signal(signal.SIGTERM, _interrupt)
+    environment.interrupt_on_sigterm()
     try:
         made = promotion(model=model, version=version, again=again)
     except KeyboardInterrupt:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 
 from flows import paths
 from flows.errors import explain
@@ -53,3 +54,12 @@ def hide_traces_of_mistakes() -> None:
         logger = logging.getLogger(name)
         if not any(isinstance(known, _NoTraceOfMistakes) for known in logger.filters):
             logger.addFilter(_NoTraceOfMistakes())
+
+
+def interrupt_on_sigterm() -> None:
+    """SIGTERM as Ctrl-C: the stage that runs writes a checkpoint, records are closed."""
+    signal.signal(signal.SIGTERM, _interrupt)
+
+
+def _interrupt(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt

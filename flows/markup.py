@@ -4,14 +4,29 @@ from __future__ import annotations
 
 import base64
 import re
+from collections.abc import Callable
 from typing import Any
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from flows import plots
 
 INK_NAMES = ("ink", "muted", "grid", *(f"series-{index + 1}" for index in range(len(plots.SERIES))))
 """CSS variables that take the place of `plots.COLOURS`, in that order."""
+
+
+def templates(**filters: Callable[..., str]) -> Environment:
+    """The project's templates: everything is escaped, and a name that the page was not given is an error."""
+    environment = Environment(
+        loader=PackageLoader("flows"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(filters)
+    return environment
 
 
 def data_uri(data: bytes, kind: str = "image/png") -> str:

@@ -11,12 +11,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from flows import plots
 from flows.assessment import Assessment
-from flows.markup import format_number, inline_svg, percent
+from flows.markup import format_number, inline_svg, percent, templates
 from flows.serving.statistics import PIXEL_STATISTICS, Records
 
 QUESTIONS = {
@@ -43,14 +42,7 @@ def render_page(
         report: what the JSON file holds.
         history: lines of earlier reports and this one, oldest first.
     """
-    environment = Environment(
-        loader=PackageLoader("flows"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(percent=percent, number=format_number)
+    environment = templates(percent=percent, number=format_number)
     pictures: dict[str, Markup | None] = {"history": _history(history, report["limits"])}
     if assessment.tests and reference is not None and window is not None:
         pictures |= _drift_pictures(assessment, reference, window, labels, report["limits"]["min_effect"])

@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
 from flows import files, params, paths, plots, results
-from flows.markup import data_uri, format_number, format_size, inline_svg, percent, points
+from flows.markup import data_uri, format_number, format_size, inline_svg, percent, points, templates
 
 if TYPE_CHECKING:
     from models.classification.metrics import Interval
@@ -95,14 +94,7 @@ def render_report(workspace: Path, extra: Mapping[str, Any]) -> str:
     export = results.read_export(workspace)
     receipts = results.read_receipts(workspace)
     unlabelled = data is not None and not data.manifest.classes
-    environment = Environment(
-        loader=PackageLoader("flows"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
+    environment = templates(
         percent=percent, points=points, number=format_number, size=format_size, duration=plots.format_duration
     )
     return environment.get_template("report.html.j2").render(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from flows import paths
+from flows import environment, paths
 from flows.errors import ConfigError, Interrupted, TrunklineError
 
 study_app = typer.Typer(
@@ -55,7 +54,7 @@ def run(
     workspace.require_writable()
     from flows.study import study
 
-    signal.signal(signal.SIGTERM, _interrupt)
+    environment.interrupt_on_sigterm()
     try:
         summary = study(dataset, recipe, set_, parallel, retry_failed, table)
     except KeyboardInterrupt:
@@ -102,8 +101,3 @@ def analyse(
         budget or None, images or None, batch_size or None, draws, max(20, round(0.15 * draws)), seed
     )
     print_study(run_study(cells, out, settings), out)
-
-
-def _interrupt(signum: int, frame: object) -> None:
-    """SIGTERM as Ctrl-C: the stage that runs writes a checkpoint, records are closed."""
-    raise KeyboardInterrupt

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from flows import markup
@@ -32,14 +31,7 @@ GROUPS = {"all": "all", "below_boundary": "below the boundary", "at_or_above_bou
 
 
 def render_page(analysis: Analysis) -> str:
-    environment = Environment(
-        loader=PackageLoader("flows"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
+    environment = markup.templates(
         count=write_count, signed=words.signed, interval=words.interval, number=markup.format_number
     )
     pictures = {

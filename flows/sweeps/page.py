@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from flows import files, plots, tracking
-from flows.markup import format_number
+from flows.markup import format_number, templates
 from flows.sweeps import coordinates, results
 from flows.sweeps.planned import PlannedSweep
 from flows.sweeps.results import Row
@@ -44,14 +43,7 @@ def write_results(planned: PlannedSweep, rows: Sequence[Row], run_id: str, pictu
 def render_page(planned: PlannedSweep, rows: Sequence[Row]) -> str:
     """One page that makes no request."""
     sweep = planned.file
-    environment = Environment(
-        loader=PackageLoader("flows"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(number=format_number, show=results.show, duration=plots.format_duration)
+    environment = templates(number=format_number, show=results.show, duration=plots.format_duration)
     ranked = results.rank(rows, sweep)
     done = [row for row in ranked if row.value is not None]
     found = coordinates.coordinates(rows, sweep)

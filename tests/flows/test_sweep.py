@@ -270,10 +270,8 @@ def test_a_workspace_that_is_busy_is_waited_for_and_a_second_sweep_refused(clone
 # ---- as processes ----
 
 FLOW = """
-import signal
-from flows import cli
-cli._interrupt  # the same handler as the command's
-signal.signal(signal.SIGTERM, cli._interrupt)
+from flows import environment
+environment.interrupt_on_sigterm()  # as the command does
 from flows import sweep
 from flows.errors import Interrupted
 try:
