@@ -67,7 +67,7 @@ def load_decoder(folder: Path) -> Decoder:
     try:
         from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError:
-        raise ConfigError("this needs transformers; install it: pip install 'trunkline[language]'") from None
+        raise ConfigError("this needs transformers; install it: pip install -e '.[language]'") from None
     refuse_unsupported(described, folder)
     marker.install()
     with _quiet():
