@@ -5,6 +5,7 @@ names the offending key. Overlays (recipes, `--set key=value`) are merged before
 """
 
 from flows.params.fields import Count, Section
+from flows.params.language import Lamina
 from flows.params.learning import (
     Distributed,
     Evaluate,
@@ -48,6 +49,7 @@ __all__ = [
     "Export",
     "Finetune",
     "Ingest",
+    "Lamina",
     "LinearProbe",
     "Loader",
     "MoBYPretext",

@@ -10,6 +10,7 @@ from flows.params.fields import (
     Count,
     Section,
 )
+from flows.params.language import Lamina
 from flows.params.learning import (
     Distributed,
     Evaluate,
@@ -54,6 +55,7 @@ class Params(Section):
     registry: Registry
     promotion: Promotion
     serve: Serve
+    lamina: Lamina
     placement: Placement
     rollout: Rollout
     monitor: Monitor
