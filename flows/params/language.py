@@ -1,4 +1,4 @@
-"""Section `lamina` of params.yaml: language models served with attention on other devices (docs/lamina.md)."""
+"""Section `lamina` of params.yaml: language models served with attention elsewhere (docs/lamina.md)."""
 
 from __future__ import annotations
 
