@@ -386,8 +386,12 @@ class Engine:
             self._contradictions += 1
             if self._contradictions > MAX_CONTRADICTIONS:
                 raise ResourceError(f"attention workers refuse again and again: {error}")
+        lost: set[int] = set()  # also of attempts that did not come to their end
+        rebuilt = False
         while True:
             change = self.workers.reconnect(error, self._meanwhile)
+            lost, rebuilt = change.lost | lost, change.rebuilt or rebuilt
+            change.lost, change.rebuilt = lost, rebuilt
             if contradiction:
                 change.lost |= set(range(self.workers.partition.workers))
             try:
