@@ -107,6 +107,7 @@ class Session:
         self.max_bytes, self.device = max_bytes, device
         self.epoch = 0
         self.draining = False
+        self.copy_bytes_per_s = 0.0  # of this worker's memory, for whoever divides the work
         self.settings: WorkerSettings | None = None
         self.counts: Counter[str] = Counter()
         self._rules: list[AttentionRule] = []
@@ -225,6 +226,7 @@ class Session:
                 {
                     "epoch": self.epoch,
                     "draining": self.draining,
+                    "copy_bytes_per_s": self.copy_bytes_per_s,
                     "pages": store.pages if store else 0,
                     "pages_used": len(store.owners) if store else 0,
                     "slots": len(store.tables) if store else 0,

@@ -1,0 +1,200 @@
+"""Start engine and attention workers, keep them running, end them.
+
+A thread beside the HTTP server. What the engine reports comes in through `worker_lost` and `engine_silent`,
+which only take note; the thread acts. An engine that ends with an error of its user (its bundle, its
+settings), or that dies again and again soon after its start, ends the service with that error: starting it
+once more would end in the same way.
+
+On a loss that the engine reports, the worker is asked first. One that answers is left alone: it may have been
+started again before the engine noticed that its predecessor was gone. A second report about it counts.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from flows.errors import ConfigError, DataError, GateFailed, ResourceError, TrunklineError
+from flows.serving.lamina.cluster.child import Say, say_on_stderr
+from flows.serving.lamina.cluster.fleet import TICK_S, Address, Fleet
+from flows.serving.lamina.cluster.keeper import Ending, Keeper
+from flows.serving.lamina.cluster.probe import answers
+from flows.serving.lamina.cluster.run_folder import RunFolder, write_private
+
+ENGINE_MODULE = "flows.serving.lamina.engine.process"
+MOST_EARLY_ENDINGS = 6
+SAME_LOSS_S = 1.0
+DOUBT_S = 10.0
+STOP_PATIENCE_S = 5.0
+FINAL: dict[int, type[TrunklineError]] = {
+    ConfigError.exit_code: DataError,
+    GateFailed.exit_code: GateFailed,
+}
+"""Exit codes of an engine that would only end in the same way again, and what the service then ends with."""
+
+
+class Supervisor:
+    """
+    Args:
+        settings: section `lamina` of params.yaml, for the engine.
+        bundle, calibration: paths for the engine.
+        command: of the engine, without `--config`.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        folder: RunFolder,
+        *,
+        settings: Mapping[str, Any],
+        bundle: str,
+        calibration: str,
+        command: Sequence[str] = (sys.executable, "-m", ENGINE_MODULE),
+        say: Say = say_on_stderr,
+    ) -> None:
+        self.fleet, self.folder = fleet, folder
+        self.failure: TrunklineError | None = None
+        self._settings, self._bundle, self._calibration, self._say = settings, bundle, calibration, say
+        self.engine = Keeper(
+            "engine",
+            [*command, "--config", str(folder.engine_config)],
+            say,
+            is_ready=lambda _: folder.socket.exists(),
+            prepare=self._prepare_engine,
+        )
+        self._on_failure: Callable[[TrunklineError], None] | None = None
+        self._reports: deque[tuple[Address, str]] = deque()
+        self._silent: str | None = None
+        self._doubted: dict[Address, float] = {}
+        self._told: list[Address] = []
+        self._draining = self._drained = False
+        self._stopping = threading.Event()
+        self._wake = threading.Event()
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="supervisor", daemon=True)
+
+    # --- for the thread of the command
+
+    def start(self) -> None:
+        """Returns when the attention workers listen and the engine was started.
+
+        Raises:
+            ConfigError, ResourceError: a worker cannot be started; nothing is left of the others.
+        """
+        self.fleet.start()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End all processes; the engine first, which may still talk to the workers."""
+        self._stopping.set()
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        self.engine.stop(STOP_PATIENCE_S)
+        self.fleet.stop(STOP_PATIENCE_S)
+
+    def watch(self, on_failure: Callable[[TrunklineError], None]) -> None:
+        """Be told of the error that ends the service, now if there was one already."""
+        with self._lock:
+            self._on_failure, failure = on_failure, self.failure
+        if failure is not None:
+            on_failure(failure)
+
+    # --- for any thread; none of these waits
+
+    def worker_lost(self, host: str, port: int, reason: str) -> None:
+        self._reports.append(((host, port), reason))
+        self._wake.set()
+
+    def engine_silent(self) -> None:
+        self._silent = "it sent no heartbeat"
+        self._wake.set()
+
+    def draining(self) -> None:
+        """The service ends: an engine that exits with 0 is not replaced."""
+        self._draining = True
+
+    def drained(self) -> None:
+        """Nothing is replaced from now on."""
+        self._drained = True
+
+    def is_replacing(self) -> bool:
+        """Whether a process is missing and another one is on its way."""
+        missing = not self.engine.ready or not all(map(self.fleet.is_ready, self.fleet.addresses))
+        return missing and not self._drained and self.failure is None
+
+    # --- the supervisor's own thread
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping.is_set() and self.failure is None:
+                if not self._drained:
+                    self._look()
+                self._wake.wait(TICK_S)
+                self._wake.clear()
+        except TrunklineError as error:
+            self._fail(error)
+        except Exception as error:  # a thread that is gone looks after nothing
+            self._fail(ResourceError(f"the supervisor failed: {type(error).__name__}: {error}"))
+            raise
+
+    def _look(self) -> None:
+        while self._reports:
+            self._judge(*self._reports.popleft())
+        self.fleet.look()
+        silent, self._silent = self._silent, None
+        if silent and self.engine.ready:
+            self.engine.kill(silent)
+        ending = self.engine.look()
+        if ending is not None and not (self._draining and ending.code == 0):
+            self._judge_engine(ending)
+
+    def _judge(self, address: Address, reason: str) -> None:
+        if not self.fleet.is_ready(address):
+            return  # it is being replaced
+        now = time.monotonic()
+        doubted_s = now - self._doubted.get(address, -DOUBT_S)
+        if doubted_s < SAME_LOSS_S:
+            return
+        if doubted_s >= DOUBT_S and answers(*address, self.folder.token.encode()):
+            self._doubted[address] = now
+            return
+        self._doubted.pop(address, None)
+        self.fleet.replace(address, f"it was ended, because {reason}")
+
+    def _judge_engine(self, ending: Ending) -> None:
+        if kind := FINAL.get(ending.code):
+            self._fail(kind(ending.words or ending.reason))
+        elif ending.early >= MOST_EARLY_ENDINGS:
+            self._fail(
+                ResourceError(
+                    f"the engine died {ending.early} times in a row soon after its start; the last time: "
+                    f"{ending.reason}"
+                )
+            )
+        else:
+            self._say(ending.announcement)
+
+    def _fail(self, error: TrunklineError) -> None:
+        with self._lock:
+            self.failure, on_failure = error, self._on_failure
+        if on_failure is not None:
+            on_failure(error)
+
+    def _prepare_engine(self) -> None:
+        self.folder.socket.unlink(missing_ok=True)  # of the engine before; a new one says that this one is up
+        config = {
+            "bundle": self._bundle,
+            "lamina": self._settings,
+            "workers": self.fleet.addresses,
+            "token_file": str(self.folder.token_file),
+            "socket": str(self.folder.socket),
+            "journal": str(self.folder.journal) if self._settings["recover"]["journal"] else None,
+            "calibration": self._calibration,
+        }
+        write_private(self.folder.engine_config, json.dumps(config, indent=2).encode())
