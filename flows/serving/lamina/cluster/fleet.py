@@ -32,6 +32,10 @@ class Fleet(Protocol):
     def addresses(self) -> list[Address]:
         """Where they are now; a worker keeps its place in the list, wherever it moves."""
 
+    @property
+    def labels(self) -> list[str]:
+        """For people: where each is, and its process."""
+
     def look(self) -> None:
         """Start again what has ended."""
 
@@ -69,7 +73,13 @@ def says_its_port(child: Child) -> bool:
 class NoFleet:
     """Attention in the engine's own process."""
 
-    addresses: list[Address] = []  # noqa: RUF012 - never changed
+    @property
+    def addresses(self) -> list[Address]:
+        return []
+
+    @property
+    def labels(self) -> list[str]:
+        return []
 
     def start(self) -> None:
         pass
@@ -149,9 +159,11 @@ class LocalFleet:
         )
 
     @property
-    def pids(self) -> list[int]:
-        """Of the workers that run, in the order of the addresses; 0 for one that does not."""
-        return [keeper.child.pid if keeper.child else 0 for keeper in self._keepers]
+    def labels(self) -> list[str]:
+        return [
+            f"{host}:{port} (pid {keeper.child.pid if keeper.child else 'none'})"
+            for (host, port), keeper in zip(self.addresses, self._keepers, strict=True)
+        ]
 
     def stop(self, patience_s: float) -> None:
         end_children([keeper.child for keeper in self._keepers if keeper.child], patience_s)

@@ -26,8 +26,8 @@ class Ending:
     @property
     def announcement(self) -> str:
         pause = pause_after(self.early)
-        when = f"again in {pause:g} s, for the {self.early}th time in a row" if pause else "again"
-        return f"{self.reason}; it is started {when}"
+        when = f" in {pause:g} s, because that was {self.early} times in a row" if pause else ""
+        return f"{self.reason}; it is started again{when}"
 
 
 def pause_after(early: int) -> float:
