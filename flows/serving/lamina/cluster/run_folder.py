@@ -54,11 +54,12 @@ class RunFolder:
 
 
 @contextmanager
-def run_folder(base: Path | None = None) -> Iterator[RunFolder]:
-    """A new folder (mode 0700) with a new token (mode 0600); removed at the end, as are those of the dead.
+def run_folder(base: Path | None = None, token: str = "") -> Iterator[RunFolder]:
+    """A new folder (mode 0700) with a token (mode 0600); removed at the end, as are those of the dead.
 
     Args:
         base: where; default: the folder for temporary files, or /tmp if its path is too long for a socket.
+        token: of a run that began on another host; default: a new one.
 
     Raises:
         ResourceError: the folder cannot be made.
@@ -67,7 +68,7 @@ def run_folder(base: Path | None = None) -> Iterator[RunFolder]:
     remove_stale(base)
     path, lock = _claim(base)
     try:
-        folder = RunFolder(path, secrets.token_hex(TOKEN_BYTES))
+        folder = RunFolder(path, token or secrets.token_hex(TOKEN_BYTES))
         write_private(folder.token_file, folder.token.encode())
         yield folder
     finally:

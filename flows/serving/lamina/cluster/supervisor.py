@@ -71,7 +71,7 @@ class Supervisor:
         self._reports: deque[tuple[Address, str]] = deque()
         self._silent: str | None = None
         self._doubted: dict[Address, float] = {}
-        self._told: list[Address] = []
+        self._told: list[Address] = []  # where the engine thinks that the workers are
         self._draining = self._drained = False
         self._stopping = threading.Event()
         self._wake = threading.Event()
