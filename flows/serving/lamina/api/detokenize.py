@@ -5,9 +5,9 @@ loses the space before it. Two kinds of tokenizers are in use for decoders, told
 tokenizer.json:
 
 byte level (GPT-2 and its heirs)   a token is bytes. The bytes go through an incremental UTF-8 decoder.
-pieces (Llama, Gemma)              a token is text, or, as a last resort, one byte: `<0xE2>`. The library makes
-                                   a run of such bytes text if the whole run is UTF-8, and else one U+FFFD for
-                                   each byte, so a run is held back until it ends.
+pieces (Llama, Gemma)              a token is text, or, as a last resort, one byte: `<0xE2>`. The library
+                                   makes a run of such bytes text if the whole run is UTF-8, and else one
+                                   U+FFFD for each byte, so a run is held back until it ends.
 
 Invariant: the parts that `add` and `finish` give, joined, are what the library makes of all tokens at once.
 """
@@ -93,7 +93,9 @@ class Vocabulary:
             return _piece_bytes(piece)
         if self._byte_fallback and (byte := BYTE_TOKEN.fullmatch(piece)):
             return bytes([int(byte[1], 16)])
-        return self.decode([token, token])[len(self.decode([token])) :].encode()  # its second self has its space
+        return self.decode([token, token])[
+            len(self.decode([token])) :
+        ].encode()  # its second self has its space
 
     def token_text(self, token: int) -> str:
         """For lists of tokens: its text, or its bytes where they are no text by themselves."""

@@ -126,7 +126,7 @@ def _single_prompt(value: Any) -> Any:
     """A list of one prompt is that prompt."""
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str | list):
         value = value[0]
-    if isinstance(value, list) and any(isinstance(entry, str | list) for entry in value[:2]):
+    if isinstance(value, list) and value and isinstance(value[0], str | list):
         raise ValueError("several prompts; send one request for each")
     if not isinstance(value, str | list):
         raise ValueError("has to be a text or a list of token ids")
@@ -263,12 +263,13 @@ _MESSAGES: dict[str, Callable[[dict[str, Any]], str]] = {
 
 
 def _refusal(error: ValidationError, kind: type[BaseModel]) -> ApiError:
-    first = error.errors(include_url=False, include_input=False)[0]
+    found = error.errors(include_url=False, include_input=False)
+    first = max(found, key=lambda each: len(each["loc"])) if found[0]["loc"][:1] == ("prompt",) else found[0]
     where = [part for part in first["loc"] if isinstance(part, int) or part.isidentifier()]
-    if len(where) > 1 and where[0] == "prompt" and not isinstance(where[1], int):
+    if len(where) > 1 and where[0] == "prompt" and where[1] == "str":
         del where[1]  # the branch of a union
     name = ".".join(str(part) for part in where)
     describe = _MESSAGES.get(first["type"])
     text = describe(first.get("ctx", {})) if describe else first["msg"][:1].lower() + first["msg"][1:]
-    param = str(where[0]) if where and where[0] in kind.model_fields else name or None
+    param = str(where[0]) if where else text.split()[0]  # a contradiction begins with the field's name
     return ApiError(400, f"{name}: {text}" if name else text, param=param)

@@ -32,8 +32,8 @@ class Texts:
         path = folder / TOKENIZER
         if not path.is_file():
             raise DataError(
-                f"{path} does not exist: the model was exported without a tokenizer that can be read; save it "
-                "with save_pretrained of a fast tokenizer beside the model and export again"
+                f"{path} does not exist: the model was exported without a tokenizer that can be read; save "
+                "it with save_pretrained of a fast tokenizer beside the model and export again"
             )
         try:
             self._tokenizer = Tokenizer.from_file(str(path))
