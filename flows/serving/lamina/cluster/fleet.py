@@ -42,8 +42,8 @@ class Fleet(Protocol):
     def replace(self, address: Address, why: str) -> None:
         """End the worker at an address, if there is one that can be used, and start another."""
 
-    def is_ready(self, address: Address) -> bool:
-        """Whether a worker listens there, as far as is known."""
+    def pid_at(self, address: Address) -> int:
+        """Process id of the worker that listens there, as far as is known; 0: none does."""
 
     def stop(self, patience_s: float) -> None:
         """End all."""
@@ -90,8 +90,8 @@ class NoFleet:
     def replace(self, address: Address, why: str) -> None:
         pass
 
-    def is_ready(self, address: Address) -> bool:
-        return False
+    def pid_at(self, address: Address) -> int:
+        return 0
 
     def stop(self, patience_s: float) -> None:
         pass
@@ -152,11 +152,12 @@ class LocalFleet:
             if known == address and keeper.ready:
                 keeper.kill(why)
 
-    def is_ready(self, address: Address) -> bool:
-        return any(
-            known == address and keeper.ready
-            for known, keeper in zip(self.addresses, self._keepers, strict=True)
-        )
+    def pid_at(self, address: Address) -> int:
+        for known, keeper in zip(self.addresses, self._keepers, strict=True):
+            child = keeper.child
+            if known == address and keeper.ready and child is not None:
+                return child.pid
+        return 0
 
     @property
     def labels(self) -> list[str]:

@@ -114,13 +114,13 @@ class RayFleet:
                 member.actor.replace.remote(why)
                 member.status = None
 
-    def is_ready(self, address: Address) -> bool:
+    def pid_at(self, address: Address) -> int:
         horizon = time.monotonic() - FRESH_S
-        return any(
-            member.address == address and member.status is not None and member.status.ready
-            and member.heard > horizon
-            for member in self._members
-        )  # fmt: skip
+        for member in self._members:
+            status = member.status
+            if member.address == address and status is not None and status.ready and member.heard > horizon:
+                return status.pid
+        return 0
 
     def stop(self, patience_s: float) -> None:
         if not self._ray.is_initialized():

@@ -5,8 +5,8 @@ which only take note; the thread acts. An engine that ends with an error of its 
 settings), or that dies again and again soon after its start, ends the service with that error: starting it
 once more would end in the same way.
 
-On a loss that the engine reports, the worker is asked first. One that answers is left alone: it may have been
-started again before the engine noticed that its predecessor was gone. A second report about it counts.
+A worker that the engine reports as lost is ended, if it is still the process that the engine spoke to: it may
+have been started again before the engine noticed that its predecessor was gone.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import sys
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -28,8 +27,6 @@ from flows.serving.lamina.cluster.run_folder import RunFolder, write_private
 
 ENGINE_MODULE = "flows.serving.lamina.engine.process"
 MOST_EARLY_ENDINGS = 6
-SAME_LOSS_S = 1.0
-DOUBT_S = 10.0
 STOP_PATIENCE_S = 5.0
 FINAL: dict[int, type[TrunklineError]] = {
     ConfigError.exit_code: DataError,
@@ -68,9 +65,8 @@ class Supervisor:
             prepare=self._prepare_engine,
         )
         self._on_failure: Callable[[TrunklineError], None] | None = None
-        self._reports: deque[tuple[Address, str]] = deque()
+        self._reports: deque[tuple[Address, int, str]] = deque()
         self._silent: str | None = None
-        self._doubted: dict[Address, float] = {}
         self._told: list[Address] = []  # where the engine thinks that the workers are
         self._draining = self._drained = False
         self._stopping = threading.Event()
@@ -107,8 +103,12 @@ class Supervisor:
 
     # --- for any thread; none of these waits
 
-    def worker_lost(self, host: str, port: int, reason: str) -> None:
-        self._reports.append(((host, port), reason))
+    def worker_lost(self, host: str, port: int, pid: int, reason: str) -> None:
+        """
+        Args:
+            pid: of the process that the engine spoke to; 0: it never got an answer.
+        """
+        self._reports.append(((host, port), pid, reason))
         self._wake.set()
 
     def engine_silent(self) -> None:
@@ -125,7 +125,7 @@ class Supervisor:
 
     def is_replacing(self) -> bool:
         """Whether a process is missing and another one is on its way."""
-        missing = not self.engine.ready or not all(map(self.fleet.is_ready, self.fleet.addresses))
+        missing = not self.engine.ready or not all(map(self.fleet.pid_at, self.fleet.addresses))
         return missing and not self._drained and self.failure is None
 
     # --- the supervisor's own thread
@@ -154,17 +154,12 @@ class Supervisor:
         if ending is not None and not (self._draining and ending.code == 0):
             self._judge_engine(ending)
 
-    def _judge(self, address: Address, reason: str) -> None:
-        if not self.fleet.is_ready(address):
-            return  # it is being replaced
-        now = time.monotonic()
-        doubted_s = now - self._doubted.get(address, -DOUBT_S)
-        if doubted_s < SAME_LOSS_S:
-            return
-        if doubted_s >= DOUBT_S and answers(*address, self.folder.token.encode()):
-            self._doubted[address] = now
-            return
-        self._doubted.pop(address, None)
+    def _judge(self, address: Address, pid: int, reason: str) -> None:
+        present = self.fleet.pid_at(address)
+        if not present or (pid and pid != present):
+            return  # it is being replaced, or has been
+        if not pid and answers(*address, self.folder.token.encode()):
+            return  # whoever was there before did not
         self.fleet.replace(address, f"it was ended, because {reason}")
 
     def _judge_engine(self, ending: Ending) -> None:

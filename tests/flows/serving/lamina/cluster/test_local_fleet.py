@@ -43,10 +43,6 @@ def wait(condition, look=lambda: None):
         time.sleep(0.02)
 
 
-def pid_at(fleet, index):
-    return fleet._keepers[index].child.pid
-
-
 def test_workers_come_back_on_their_ports_and_leave_nothing(tmp_path):
     with run_folder(tmp_path) as folder:
         said = []
@@ -57,15 +53,15 @@ def test_workers_come_back_on_their_ports_and_leave_nothing(tmp_path):
             addresses = list(fleet.addresses)
             assert all(answers(*address, token) for address in addresses)
             assert min(ask_bandwidths(addresses, token, 1)) > 1e8
-            before = [pid_at(fleet, 0), pid_at(fleet, 1)]
+            before = list(map(fleet.pid_at, addresses))
             os.kill(before[0], signal.SIGKILL)
             os.kill(before[1], signal.SIGSTOP)
             assert not answers(*addresses[1], token, 0.1)
             fleet.replace(addresses[1], "it is silent")
-            wait(lambda: not any(map(fleet.is_ready, addresses)), fleet.look)
-            wait(lambda: all(map(fleet.is_ready, addresses)), fleet.look)
+            wait(lambda: not any(map(fleet.pid_at, addresses)), fleet.look)
+            wait(lambda: all(map(fleet.pid_at, addresses)), fleet.look)
             assert fleet.addresses == addresses
-            assert not {pid_at(fleet, 0), pid_at(fleet, 1)} & set(before)
+            assert not set(map(fleet.pid_at, addresses)) & set(before)
             assert all(answers(*address, token) for address in addresses)
             assert any("killed by SIGKILL: it is silent" in line for line in said)
         finally:

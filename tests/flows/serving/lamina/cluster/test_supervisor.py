@@ -5,7 +5,6 @@ import os
 import signal
 import stat
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from flows.serving.lamina.cluster.supervisor import Supervisor
 
 ENGINE = [sys.executable, "-S", str(Path(__file__).with_name("stand_in_engine.py"))]
 ADDRESS = ("127.0.0.1", 9)
+PID = 4711
 SETTINGS = {"recover": {"journal": True}}
 
 
@@ -28,7 +28,7 @@ class NotedFleet:
 
     def __init__(self):
         self.addresses = [ADDRESS]
-        self.replaced, self.ready, self.stopped = [], True, False
+        self.replaced, self.pid, self.stopped = [], PID, False
 
     def start(self):
         pass
@@ -39,8 +39,8 @@ class NotedFleet:
     def replace(self, address, why):
         self.replaced.append((address, why))
 
-    def is_ready(self, address):
-        return self.ready and address in self.addresses
+    def pid_at(self, address):
+        return self.pid if address in self.addresses else 0
 
     def stop(self, patience_s):
         self.stopped = True
@@ -157,39 +157,33 @@ def test_an_engine_that_ignores_sigterm_is_killed_at_the_end(service, monkeypatc
         os.kill(pid, 0)
 
 
-def test_a_worker_that_answers_is_spared_once(service, monkeypatch):
-    asked, answering = [], threading.Event()
+def test_a_lost_worker_is_ended_and_its_successor_is_not(service, monkeypatch):
+    asked, answering = [], [True]
 
     def answers(host, port, token):
-        asked.append((host, port))
-        return answering.is_set()
+        asked.append((host, port, token))
+        return answering[0]
 
     monkeypatch.setattr(supervisor, "answers", answers)
-    monkeypatch.setattr(supervisor, "SAME_LOSS_S", 0.3)
     one = service()
-    answering.set()
-    one.worker_lost(*ADDRESS, "the report is about its predecessor")
-    wait(lambda: asked)
-    one.worker_lost(*ADDRESS, "the same again")
-    time.sleep(0.4)
-    assert one.fleet.replaced == []
-    one.worker_lost(*ADDRESS, "and again")
-    wait(lambda: one.fleet.replaced)
-    assert one.fleet.replaced == [(ADDRESS, "it was ended, because and again")]
-
-
-def test_a_worker_that_does_not_answer_or_is_away_already(service, monkeypatch):
-    monkeypatch.setattr(supervisor, "answers", lambda *_: False)
-    one = service()
-    one.worker_lost("127.0.0.1", 10, "not one of ours")
-    one.fleet.ready = False
+    one.worker_lost("127.0.0.1", 10, PID, "not one of ours")
+    one.worker_lost(*ADDRESS, PID - 1, "that was its predecessor")
+    one.worker_lost(*ADDRESS, 0, "nobody has ever answered there, but now it does")
+    wait(lambda: asked == [(*ADDRESS, one.folder.token.encode())])
+    one.fleet.pid = 0
     assert one.is_replacing()
-    one.worker_lost(*ADDRESS, "it is being replaced")
-    time.sleep(0.2)
+    one.worker_lost(*ADDRESS, PID, "it is being replaced")
+    wait(lambda: not one._reports)
+    time.sleep(0.1)
     assert one.fleet.replaced == []
-    one.fleet.ready = True
-    one.worker_lost(*ADDRESS, "silence")
-    wait(lambda: one.fleet.replaced)
+    one.fleet.pid = PID
+    one.worker_lost(*ADDRESS, PID, "silence")
+    wait(lambda: len(one.fleet.replaced) == 1)
+    answering[0] = False
+    one.worker_lost(*ADDRESS, 0, "nobody answers")
+    wait(lambda: len(one.fleet.replaced) == 2)
+    assert one.fleet.replaced[0] == (ADDRESS, "it was ended, because silence")
+    assert len(asked) == 2
 
 
 def test_a_mistake_of_the_supervisor_ends_the_service_instead_of_watching_over_nothing(service, monkeypatch):
