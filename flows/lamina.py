@@ -168,7 +168,7 @@ def run(
 
         def on_started(running: Running) -> None:
             told_to_hang_up(running.drain)
-            supervisor.watch(running.fail)
+            supervisor.watch(running.fail, running.tell)
 
         hooks = Hooks(
             on_worker_lost=supervisor.worker_lost,

@@ -12,6 +12,7 @@ processes. It must run in the main thread.
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import socket
 import threading
@@ -30,6 +31,7 @@ from flows.serving.lamina.api.gateway import ApiKey, read_api_key
 from flows.serving.lamina.api.hooks import Hooks
 from flows.serving.lamina.api.service import Service
 from flows.serving.lamina.api.texts import Texts
+from flows.serving.lamina.requests import WorkersMoved
 from flows.serving.lamina.slices.bundle import Bundle
 from flows.serving.listening import listening_socket, server_url
 
@@ -116,6 +118,7 @@ class Server(uvicorn.Server):
         self.error: BaseException | None = None
         self._service = service
         self._asked = 0  # to stop
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._drain_until: float | None = None
 
     def drain(self) -> None:
@@ -128,11 +131,16 @@ class Server(uvicorn.Server):
         self.error = self.error or error
         self._service.draining = self.should_exit = self.force_exit = True
 
+    def tell(self, message: WorkersMoved) -> None:
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._service.link.move_workers, message)
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.drain()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        self._loop = asyncio.get_running_loop()
         self._service.hooks.on_started(self)
 
     async def on_tick(self, counter: int) -> bool:

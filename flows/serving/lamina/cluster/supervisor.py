@@ -24,6 +24,7 @@ from flows.serving.lamina.cluster.fleet import TICK_S, Address, Fleet
 from flows.serving.lamina.cluster.keeper import Ending, Keeper
 from flows.serving.lamina.cluster.probe import answers
 from flows.serving.lamina.cluster.run_folder import RunFolder, write_private
+from flows.serving.lamina.requests import WorkersMoved
 
 ENGINE_MODULE = "flows.serving.lamina.engine.process"
 MOST_EARLY_ENDINGS = 6
@@ -67,7 +68,9 @@ class Supervisor:
         self._on_failure: Callable[[TrunklineError], None] | None = None
         self._reports: deque[tuple[Address, int, str]] = deque()
         self._silent: str | None = None
-        self._told: list[Address] = []  # where the engine thinks that the workers are
+        self._on_moved: Callable[[WorkersMoved], None] | None = None
+        self._addresses: list[Address] = []
+        self._moved: WorkersMoved | None = None
         self._draining = self._drained = False
         self._stopping = threading.Event()
         self._wake = threading.Event()
@@ -83,6 +86,7 @@ class Supervisor:
             ConfigError, ResourceError: a worker cannot be started; nothing is left of the others.
         """
         self.fleet.start()
+        self._addresses = list(self.fleet.addresses)
         self._thread.start()
 
     def stop(self) -> None:
@@ -94,12 +98,20 @@ class Supervisor:
         self.engine.stop(STOP_PATIENCE_S)
         self.fleet.stop(STOP_PATIENCE_S)
 
-    def watch(self, on_failure: Callable[[TrunklineError], None]) -> None:
-        """Be told of the error that ends the service, now if there was one already."""
+    def watch(
+        self,
+        on_failure: Callable[[TrunklineError], None],
+        on_moved: Callable[[WorkersMoved], None] = lambda _: None,
+    ) -> None:
+        """Be told of the error that ends the service, and of new addresses for the engine; also of what was
+        before."""
         with self._lock:
             self._on_failure, failure = on_failure, self.failure
+            self._on_moved, moved = on_moved, self._moved
         if failure is not None:
             on_failure(failure)
+        if moved is not None:
+            on_moved(moved)
 
     # --- for any thread; none of these waits
 
@@ -147,6 +159,8 @@ class Supervisor:
         while self._reports:
             self._judge(*self._reports.popleft())
         self.fleet.look()
+        if self._addresses != self.fleet.addresses:
+            self._move()
         silent, self._silent = self._silent, None
         if silent and self.engine.ready:
             self.engine.kill(silent)
@@ -161,6 +175,14 @@ class Supervisor:
         if not pid and answers(*address, self.folder.token.encode()):
             return  # whoever was there before did not
         self.fleet.replace(address, f"it was ended, because {reason}")
+
+    def _move(self) -> None:
+        self._addresses = list(self.fleet.addresses)
+        self._write_config()  # for an engine that is started again
+        with self._lock:
+            self._moved, on_moved = WorkersMoved(addresses=tuple(self._addresses)), self._on_moved
+        if on_moved is not None:
+            on_moved(self._moved)
 
     def _judge_engine(self, ending: Ending) -> None:
         if kind := FINAL.get(ending.code):
@@ -183,10 +205,13 @@ class Supervisor:
 
     def _prepare_engine(self) -> None:
         self.folder.socket.unlink(missing_ok=True)  # of the engine before; a new one says that this one is up
+        self._write_config()
+
+    def _write_config(self) -> None:
         config = {
             "bundle": self._bundle,
             "lamina": self._settings,
-            "workers": self.fleet.addresses,
+            "workers": self._addresses,
             "token_file": str(self.folder.token_file),
             "socket": str(self.folder.socket),
             "journal": str(self.folder.journal) if self._settings["recover"]["journal"] else None,

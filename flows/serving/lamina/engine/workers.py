@@ -195,6 +195,10 @@ class Workers:
         change.lost = {j for j, kept in enumerate(self.link.kept) if not kept}
         return change
 
+    def move(self, addresses: Sequence[Address]) -> None:
+        """From now on the workers are there. One that was left is noticed when it is spoken to."""
+        self._addresses = list(addresses)
+
     def close(self) -> None:
         if self.pool is not None:
             self.pool.close()

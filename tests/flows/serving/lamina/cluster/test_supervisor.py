@@ -14,6 +14,7 @@ from flows.errors import DataError, GateFailed, ResourceError
 from flows.serving.lamina.cluster import keeper, supervisor
 from flows.serving.lamina.cluster.run_folder import run_folder
 from flows.serving.lamina.cluster.supervisor import Supervisor
+from flows.serving.lamina.requests import WorkersMoved, decode_to_engine, encode
 
 ENGINE = [sys.executable, "-S", str(Path(__file__).with_name("stand_in_engine.py"))]
 ADDRESS = ("127.0.0.1", 9)
@@ -184,6 +185,23 @@ def test_a_lost_worker_is_ended_and_its_successor_is_not(service, monkeypatch):
     wait(lambda: len(one.fleet.replaced) == 2)
     assert one.fleet.replaced[0] == (ADDRESS, "it was ended, because silence")
     assert len(asked) == 2
+
+
+def test_a_worker_that_moves_is_told_to_the_engine_and_to_the_next_one(service):
+    told, late = [], []
+    one = service()
+    wait(lambda: one.engine.ready)
+    one.watch(lambda _: None, told.append)
+    assert told == []
+    one.fleet.addresses = [("10.0.0.2", 21000)]
+    wait(lambda: told)
+    assert told == [WorkersMoved(addresses=(("10.0.0.2", 21000),))]
+    assert decode_to_engine(encode(told[0])) == told[0]
+    os.kill(one.engine.child.pid, signal.SIGKILL)
+    wait(lambda: len(starts(one)) == 2)
+    assert [start["workers"] for start in starts(one)] == [[list(ADDRESS)], [["10.0.0.2", 21000]]]
+    one.watch(lambda _: None, late.append)  # whoever begins to serve later
+    assert late == told
 
 
 def test_a_mistake_of_the_supervisor_ends_the_service_instead_of_watching_over_nothing(service, monkeypatch):
