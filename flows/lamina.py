@@ -26,6 +26,7 @@ from flows.errors import ConfigError
 from flows.params import Lamina, Params
 from flows.serving.lamina.api.hooks import Hooks, Running
 from flows.serving.lamina.cluster.child import say_on_stderr
+from flows.serving.lamina.cluster.cluster_file import ClusterFile, read_cluster_file
 from flows.serving.lamina.cluster.fleet import Fleet, LocalFleet, NoFleet
 from flows.serving.lamina.cluster.run_folder import RunFolder, run_folder
 from flows.serving.lamina.cluster.supervisor import Supervisor
@@ -61,7 +62,8 @@ def serve_language(
         ConfigError, DataError: a setting or the bundle is of no use; nothing was started.
         ResourceError: the port is taken, or a process cannot be kept running.
     """
-    checked = read_settings(changes, flags)
+    hosts = read_cluster_file(cluster) if cluster else None
+    checked = read_settings(changes, {**flags, **settings_of(hosts, flags)} if hosts else flags)
     settings = checked.lamina
     environment.interrupt_on_sigterm()
     with (
@@ -71,7 +73,7 @@ def serve_language(
         bundle = read_bundle(fetch_bundle(checked, source))
         check_division(settings, bundle)
         with run_folder() as folder:
-            fleet = make_fleet(settings, folder, cluster)
+            fleet = make_fleet(settings, folder, hosts)
             run(bundle, source, settings, fleet, folder, listener)
 
 
@@ -127,7 +129,33 @@ def check_division(settings: Lamina, bundle: Bundle) -> None:
         raise ConfigError("lamina.kv.redundancy parity needs partition head and at least 2 attention workers")
 
 
-def make_fleet(settings: Lamina, folder: RunFolder, cluster: Path | None) -> Fleet:
+def settings_of(hosts: ClusterFile, flags: Mapping[str, Any]) -> dict[str, Any]:
+    """What a cluster file says of section `lamina`: how many workers, and how much each can take.
+
+    Raises:
+        ConfigError: a flag says otherwise.
+    """
+    if "cluster.attention_workers" in flags:
+        raise ConfigError("--attention-workers and --cluster exclude each other: the file names the workers")
+    spares = int(flags.get("cluster.spares", 0))
+    workers = len(hosts.each) - spares
+    if workers < 1:
+        raise ConfigError(f"--spares {spares} leaves none of the {len(hosts.each)} workers of the cluster file")
+    found: dict[str, Any] = {
+        "cluster.attention_workers": workers,
+        "cluster.spares": spares,
+        "kv.mb_per_worker": min(group.kv_mb for group in hosts.each),
+    }
+    if hosts.weights:
+        found["cluster.weights"] = hosts.weights[:workers]
+    return found
+
+
+def make_fleet(settings: Lamina, folder: RunFolder, hosts: ClusterFile | None) -> Fleet:
+    if hosts is not None:
+        from flows.serving.lamina.cluster.ray_fleet import RayFleet
+
+        return RayFleet(hosts, folder.token, folder.path, say_on_stderr)
     count = settings.cluster.attention_workers + settings.cluster.spares
     if not count:
         return NoFleet()
@@ -215,7 +243,7 @@ def describe(url: str, name: str, bundle: Bundle, settings: Lamina, fleet: Fleet
     body = json.dumps({"model": name, "prompt": PROMPT, "max_tokens": 50, "stream": True})
     key = " -H 'Authorization: Bearer KEY'" if settings.http.api_key_file else ""
     return (
-        f"serving {name} ({bundle.folder}) at {url}\n"
+        f"ready: {name} ({bundle.folder}) at {url}\n"
         f"  {workers}\n"
         f"  curl -N {url}/v1/completions{key} -H 'Content-Type: application/json' -d {shlex.quote(body)}"
     )

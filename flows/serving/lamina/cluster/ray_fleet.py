@@ -26,6 +26,7 @@ from flows.serving.lamina.cluster.keeper import STABLE_S, pause_after
 POLL_S = 0.2
 FRESH_S = 3.0
 """A worker of which nothing was heard for so long does not count as ready."""
+LOOPBACK = "127.0.0.1"
 NO_ADDRESS: Address = ("", 0)
 
 
@@ -145,7 +146,11 @@ class RayFleet:
         handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
         options: dict[str, Any] = {}
         if self._cluster.address == "local":
-            options = {"include_dashboard": False, "_temp_dir": str(self._scratch / "ray")}
+            options = {
+                "include_dashboard": False,
+                "_temp_dir": str(self._scratch / "ray"),
+                "_node_ip_address": LOOPBACK,
+            }
         try:
             self._ray.init(
                 address=self._cluster.address, log_to_driver=False, logging_level="ERROR", **options
