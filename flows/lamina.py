@@ -140,7 +140,9 @@ def settings_of(hosts: ClusterFile, flags: Mapping[str, Any]) -> dict[str, Any]:
     spares = int(flags.get("cluster.spares", 0))
     workers = len(hosts.each) - spares
     if workers < 1:
-        raise ConfigError(f"--spares {spares} leaves none of the {len(hosts.each)} workers of the cluster file")
+        raise ConfigError(
+            f"--spares {spares} leaves none of the {len(hosts.each)} workers of the cluster file"
+        )
     found: dict[str, Any] = {
         "cluster.attention_workers": workers,
         "cluster.spares": spares,
