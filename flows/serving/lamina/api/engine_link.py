@@ -1,9 +1,10 @@
 """The way to the engine: one connection, made again when it breaks, and every open request across it.
 
 A request is a `Call`. Its tokens carry their index; what was delivered already is dropped, so a connection
-that breaks, or an engine that is started again and sends from the beginning, never doubles a token. A `Submit`
-that was on its way when the connection broke may have been lost or not: the link asks with `Follow`, and only
-if the engine does not know the request submits it again under the same id (spec 14, client contract).
+that breaks, or an engine that is started again and sends from the beginning, never doubles a token. A
+`Submit` that was on its way when the connection broke may have been lost or not: the link asks with `Follow`,
+and only if the engine does not know the request submits it again under the same id (spec 14, client
+contract).
 
 Everything here runs on one event loop.
 """

@@ -12,6 +12,7 @@ processes. It must run in the main thread.
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import socket
 import threading
@@ -31,7 +32,7 @@ from flows.serving.lamina.api.hooks import Hooks
 from flows.serving.lamina.api.service import Service
 from flows.serving.lamina.api.texts import Texts
 from flows.serving.lamina.slices.bundle import Bundle
-from flows.serving.listening import listening_socket, server_url
+from flows.serving.listening import listening_socket
 
 IDLE_CONNECTIONS = 256  # beside those with a request; further ones get 503
 KEEP_ALIVE_S = 10
@@ -82,7 +83,6 @@ def serve(
             hooks=hooks,
         )
         server = Server(service, uvicorn_config(service, key))
-        print(f"serving {service.name} at {server_url(listener)}", flush=True)
         server.run(sockets=[listener])
         if server.error is not None:
             raise server.error
@@ -98,6 +98,7 @@ def uvicorn_config(service: Service, key: ApiKey | None) -> uvicorn.Config:
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=CUT_OFF_S,
         server_header=False,
+        lifespan="off",  # the server itself keeps the link to the engine
     )
 
 
@@ -117,6 +118,7 @@ class Server(uvicorn.Server):
         self._service = service
         self._asked = 0  # to stop
         self._drain_until: float | None = None
+        self._link: asyncio.Task[None] | None = None
 
     def drain(self) -> None:
         self._asked += 1
@@ -132,6 +134,7 @@ class Server(uvicorn.Server):
         self.drain()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._link = asyncio.create_task(self._service.link.run())
         await super().startup(sockets)
         self._service.hooks.on_started(self)
 
@@ -142,9 +145,8 @@ class Server(uvicorn.Server):
         if self._drain_until is not None:
             late = time.monotonic() >= self._drain_until
             self.should_exit = self.should_exit or late or not self._service.in_flight
-        link = self._service.link_task
-        if link is not None and link.done() and not link.cancelled():
-            self.error = self.error or link.exception()
+        if self._link is not None and self._link.done():  # a bug: it ends when it is told to
+            self.error = self.error or self._link.exception()
             self.should_exit = self.force_exit = True
         return await super().on_tick(counter)
 
@@ -153,6 +155,9 @@ class Server(uvicorn.Server):
         link.finish_all("server_stopping", "the server stops and this request took longer than it waits")
         link.drain()
         await super().shutdown(sockets)
+        if self._link is not None:
+            self._link.cancel()
+            await asyncio.wait({self._link})
         self._service.hooks.on_drained()
 
     @contextmanager

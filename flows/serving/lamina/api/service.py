@@ -61,7 +61,6 @@ class Service:
         )
         self.draining = False
         self.in_flight = 0
-        self.link_task: asyncio.Task[None] | None = None
         self._generations: dict[str, Generation] = {}
 
     @property
@@ -207,7 +206,7 @@ class Service:
         heartbeat = self.link.heartbeat
         if not self.link.is_alive or heartbeat is None:
             return [*reasons, "the engine is not there"]
-        if heartbeat.state != "ready":
+        if heartbeat.state != "ready" or heartbeat.reasons:
             reasons += heartbeat.reasons or [f"the engine is {heartbeat.state}"]
         return reasons
 
