@@ -57,9 +57,9 @@ log = logging.getLogger("trunkline.serving")
 class Call:
     """One request of a client: what came of it so far, and what is yet to be read."""
 
-    def __init__(self, submit: Submit) -> None:
+    def __init__(self, submit: Submit, started: float) -> None:
         self.submit = submit
-        self.started = time.monotonic()
+        self.started = started
         self.accepted = False
         self.next_index = 0
         self.end: Literal["cancelled", "stop"] | None = None  # once nobody reads on
@@ -135,8 +135,11 @@ class EngineLink:
     def open_calls(self) -> int:
         return len(self._calls)
 
-    async def submit(self, submit: Submit) -> Call:
+    async def submit(self, submit: Submit, started: float) -> Call:
         """Hand a request to the engine; its first event says whether it was taken.
+
+        Args:
+            started: when the client asked, of the monotonic clock; for measurements.
 
         Raises:
             ApiError: 503, no engine within `ENGINE_WAIT_S`.
@@ -151,7 +154,7 @@ class EngineLink:
                 code="engine_unavailable",
                 retry_after_s=5,
             ) from None
-        call = Call(submit)
+        call = Call(submit, started)
         self._calls[call.id] = call
         self._send(submit)
         return call

@@ -103,7 +103,7 @@ class Service:
         Raises:
             ApiError: another model, a prompt that does not fit, no engine.
         """
-        arrived = time.time()
+        arrived, started = time.time(), time.monotonic()
         if asked.model != self.name:
             raise ApiError(
                 404,
@@ -137,7 +137,7 @@ class Service:
             alternatives=asked.alternatives,
         )
         try:
-            call = await self.link.submit(submit)
+            call = await self.link.submit(submit, started)
         except ApiError as error:
             self.metrics.rejected.labels(error.code or "").inc()
             raise
