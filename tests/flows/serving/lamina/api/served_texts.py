@@ -84,7 +84,8 @@ def manifest(vocab_size: int = 300) -> Manifest:
         {
             "format": 1, "kind": "lamina", "name": "tiny", "architecture": "none", "source_sha256": "ab" * 32,
             "dtype": "float32", "opset": 18, "vocab_size": vocab_size, "hidden_size": 1, "layers": 1,
-            "heads": 1, "kv_heads": 1, "head_size": 1, "max_context": CONTEXT, "position_scheme": "rope:default",
+            "heads": 1, "kv_heads": 1, "head_size": 1, "max_context": CONTEXT,
+            "position_scheme": "rope:default",
             "bos_token_id": None, "eos_token_ids": [END], "attention": [], "steps": [], "tensors": [],
             "graphs": [], "weights": [], "tokenizer": [], "parity": parity, "exporter": {},
         }

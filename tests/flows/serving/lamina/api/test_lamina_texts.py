@@ -1,4 +1,4 @@
-"""Tokens to text and back: never half a character, equal to decoding everything at once, stop strings, chats."""
+"""Tokens to text and back: never half a character, equal to decoding all at once; stop strings; chats."""
 
 from __future__ import annotations
 
@@ -185,7 +185,8 @@ def test_a_model_without_a_template_gets_the_contents(tmp_path: Path) -> None:
 def test_a_template_has_what_templates_expect() -> None:
     source = (
         "{% for message in messages %}{% if loop.index > 1 %}{% break %}{% endif %}"
-        "{% generation %}{{ message.content }}{% endgeneration %}{% endfor %}{{ strftime_now('%Y') | length }}"
+        "{% generation %}{{ message.content }}{% endgeneration %}{% endfor %}"
+        "{{ strftime_now('%Y') | length }}"
     )
     assert ChatTemplate(source, {}).render([{"content": "a"}, {"content": "b"}]) == "a4"
 
