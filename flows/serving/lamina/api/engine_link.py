@@ -163,8 +163,8 @@ class EngineLink:
         """Nobody reads on: end it wherever it is. The link forgets it once the engine has confirmed."""
         if call.end is None:
             call.end = reason
-        if call.id in self._calls:
-            self._send(Cancel(id=call.id, reason=reason))
+            if call.id in self._calls:
+                self._send(Cancel(id=call.id, reason=reason))
 
     def delete(self, call: Call) -> None:
         """End a request whose reader goes on to the end: it is told that it was cancelled."""

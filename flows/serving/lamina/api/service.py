@@ -190,7 +190,11 @@ class Service:
 
     def delete(self, request_id: str) -> bool:
         """End the requests of this id, that of an answer or the client's own. Whether there was one."""
-        found = [each for each in self._generations.values() if request_id in (each.call.id, each.request_id)]
+        found = [
+            each
+            for each in self._generations.values()
+            if request_id in (each.call.id, each.request_id) and not each.call.settled
+        ]
         for generation in found:
             self.link.delete(generation.call)
         return bool(found)

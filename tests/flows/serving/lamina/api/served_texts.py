@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from flows import params
@@ -23,6 +24,13 @@ from flows.serving.lamina.api.texts import Texts
 from flows.serving.lamina.slices.bundle import Manifest
 from flows.serving.listening import listening_socket, server_url
 
+
+def new_client() -> httpx.Client:
+    """Reading the certificates that http needs none of takes most of the time of making one."""
+    return httpx.Client(timeout=20, verify=False)
+
+
+http = new_client()
 END = 256  # the token that ends a text, in the byte-level tokenizer
 MERGED = ["he", "ll", "hell", "hello", " w", "or", "ld", " wor", " world", "Ã©"]
 CONTEXT = 512

@@ -16,7 +16,7 @@ import httpx
 import pytest
 from fake_engine import FakeEngine
 from prometheus_client.parser import text_string_to_metric_families
-from served_texts import Running, running_server, settings, wait_until, with_settings
+from served_texts import Running, http, running_server, settings, wait_until, with_settings
 
 from flows.errors import ConfigError, DataError, ResourceError
 from flows.serving.lamina.api.gateway import read_api_key
@@ -28,11 +28,11 @@ TEXT = "A quick brown fox"
 
 
 def post(server: Running, body: Any = ASKED, path: str = "/v1/completions", **extra: Any) -> httpx.Response:
-    return httpx.post(f"{server.url}{path}", json=body, timeout=20, **extra)
+    return http.post(f"{server.url}{path}", json=body, **extra)
 
 
 def get(server: Running, path: str) -> httpx.Response:
-    return httpx.get(f"{server.url}{path}", timeout=20)
+    return http.get(f"{server.url}{path}")
 
 
 def error_of(answer: httpx.Response, status: int) -> dict[str, Any]:
@@ -52,13 +52,13 @@ def test_bodies_that_are_no_requests_get_one_clear_error(
     with running_server(folder, socket_path, small) as server:
         url = f"{server.url}/v1/completions"
         json_type = {"Content-Type": "application/json"}
-        assert "JSON" in error_of(httpx.post(url, content=b"{", headers=json_type), 400)["message"]
-        assert "UTF-8" in error_of(httpx.post(url, content=b'"\xff"', headers=json_type), 400)["message"]
+        assert "JSON" in error_of(http.post(url, content=b"{", headers=json_type), 400)["message"]
+        assert "UTF-8" in error_of(http.post(url, content=b'"\xff"', headers=json_type), 400)["message"]
         assert "1024 bytes" in error_of(post(server, {**ASKED, "prompt": "x" * 2000}), 413)["message"]
-        assert "application/json" in error_of(httpx.post(url, content=b"{}"), 415)["message"]
+        assert "application/json" in error_of(http.post(url, content=b"{}"), 415)["message"]
         zipped = {**json_type, "Content-Encoding": "gzip"}
-        assert "gzip" in error_of(httpx.post(url, content=b"{}", headers=zipped), 415)["message"]
-        error_of(httpx.get(url), 405)
+        assert "gzip" in error_of(http.post(url, content=b"{}", headers=zipped), 415)["message"]
+        error_of(http.get(url), 405)
         error_of(get(server, "/v1/embeddings"), 404)
         engine.script.reply = server.ids(TEXT)
         assert post(server).json()["choices"][0]["text"] == TEXT  # it goes on
@@ -112,9 +112,9 @@ def test_the_key_guards_v1_only(folder: Path, engine: FakeEngine, socket_path: P
         assert error_of(answer, 401)["code"] == "invalid_api_key"
         assert answer.headers["www-authenticate"] == "Bearer"
         for value in ("Bearer k", "bearer k"):
-            assert httpx.get(f"{server.url}/v1/models", headers={"Authorization": value}).status_code == 200
+            assert http.get(f"{server.url}/v1/models", headers={"Authorization": value}).status_code == 200
         for value in ("k", "Basic k", "Bearer", "Bearer kk", "Bearer \xff"):
-            answer = httpx.get(
+            answer = http.get(
                 f"{server.url}/v1/models", headers=[(b"Authorization", value.encode("latin-1"))]
             )
             assert answer.status_code == 401
@@ -411,7 +411,8 @@ with listening_socket("127.0.0.1", 0, "lamina.http") as listener:
         on_draining=lambda: print("draining", flush=True),
         on_drained=lambda: print("drained", flush=True),
     )
-    serve(Bundle(Path(sys.argv[1]), manifest()), settings(), Path(sys.argv[2]), listener=listener, hooks=hooks)
+    bundle = Bundle(Path(sys.argv[1]), manifest())
+    serve(bundle, settings(), Path(sys.argv[2]), listener=listener, hooks=hooks)
 print("returned", flush=True)
 """
 
@@ -433,7 +434,7 @@ def test_a_process_ends_by_sigterm(folder: Path, engine: FakeEngine, socket_path
 
             def ask() -> None:
                 asked = {**ASKED, "stream": True}
-                answers.append(httpx.post(f"{url}/v1/completions", json=asked, timeout=20))
+                answers.append(http.post(f"{url}/v1/completions", json=asked))
 
             thread = threading.Thread(target=ask)
             thread.start()

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 from fake_engine import FakeEngine
-from served_texts import Running, running_server, settings, wait_until, with_settings
+from served_texts import Running, http, new_client, running_server, settings, wait_until, with_settings
 
 from flows.serving.lamina.api import engine_link
 from flows.serving.lamina.requests import Accepted, Cancel, Follow, Submit, TokenEvent
@@ -21,7 +21,7 @@ ASKED = {"model": "tiny", "prompt": "x", "max_tokens": 400}
 
 
 def post(server: Running, **extra: Any) -> httpx.Response:
-    return httpx.post(f"{server.url}/v1/completions", json={**ASKED, **extra}, timeout=20)
+    return http.post(f"{server.url}/v1/completions", json={**ASKED, **extra})
 
 
 def events(lines: Iterator[str]) -> Iterator[dict[str, Any] | str]:
@@ -43,7 +43,7 @@ class Stream:
     """A stream of which the test reads as far as it wants."""
 
     def __init__(self, server: Running, **extra: Any) -> None:
-        self._client = httpx.Client(timeout=20)
+        self._client = new_client()
         request = self._client.build_request(
             "POST", f"{server.url}/v1/completions", json={**ASKED, "stream": True, **extra}
         )
@@ -127,11 +127,11 @@ def test_a_deleted_request_ends_as_cancelled(
     if away:
         engine.kill()
         wait_until(lambda: not server.service.link.is_alive)
-    answer = httpx.delete(f"{server.url}/v1/requests/{name}")
+    answer = http.delete(f"{server.url}/v1/requests/{name}")
     assert answer.status_code == 200
     assert stream.read_all() == TEXT[:3]
     assert stream.found[-2]["choices"][0]["finish_reason"] == "cancelled"
-    assert httpx.delete(f"{server.url}/v1/requests/{name}").status_code == 404
+    assert http.delete(f"{server.url}/v1/requests/{name}").status_code == 404
 
 
 @pytest.mark.parametrize("at", [1, 17, 30])
@@ -233,7 +233,7 @@ def test_a_loading_engine_is_waited_for(server: Running, engine: FakeEngine) -> 
     engine.script.heartbeat = {"state": "loading", "reasons": ("the model is being loaded",)}
     engine.start()
     wait_until(lambda: "the model is being loaded" in server.service.why_not_ready())
-    with httpx.Client() as client:
+    with new_client() as client:
         assert client.get(f"{server.url}/readyz").json()["reasons"] == ["the model is being loaded"]
         assert not engine.requests
         engine.script.heartbeat = {}
@@ -256,15 +256,15 @@ def test_a_deadline_holds_while_the_engine_is_away(
 def test_deadlines_come_from_body_header_and_settings(server: Running, engine: FakeEngine) -> None:
     engine.script.reply = server.ids("x")
     url = f"{server.url}/v1/completions"
-    httpx.post(url, json={**ASKED, "deadline_ms": 5000, "queue_deadline_ms": 700})
-    httpx.post(url, json={**ASKED, "deadline_ms": 5000}, headers={"X-Request-Timeout-Ms": "400"})
-    httpx.post(url, json=ASKED)
+    http.post(url, json={**ASKED, "deadline_ms": 5000, "queue_deadline_ms": 700})
+    http.post(url, json={**ASKED, "deadline_ms": 5000}, headers={"X-Request-Timeout-Ms": "400"})
+    http.post(url, json=ASKED)
     spans = [
         (round(each.deadline - each.arrived, 3), round(each.queue_deadline - each.arrived, 3))
         for each in engine.wait_for(Submit, 3)
     ]
     assert spans == [(5.0, 0.7), (0.4, 0.4), (600.0, 60.0)]
-    assert httpx.post(url, json=ASKED, headers={"X-Request-Timeout-Ms": "soon"}).status_code == 400
+    assert http.post(url, json=ASKED, headers={"X-Request-Timeout-Ms": "soon"}).status_code == 400
 
 
 def test_a_reader_that_does_not_read_is_given_up(
@@ -291,7 +291,7 @@ def test_a_reader_that_does_not_read_is_given_up(
             wait_until(lambda: server.service.in_flight == 0)
             engine.script.free, engine.script.reply = True, server.ids("others go on")
             assert post(server).json()["choices"][0]["text"] == "others go on"
-            metrics = httpx.get(f"{server.url}/metrics").text
+            metrics = http.get(f"{server.url}/metrics").text
             assert "trunkline_slow_readers_total 1.0" in metrics
 
 
