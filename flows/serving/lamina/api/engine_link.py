@@ -298,7 +298,7 @@ class EngineLink:
             case Heartbeat():
                 self._beat(message)
             case WorkerLost():
-                self._hooks.on_worker_lost(message.host, message.port, message.reason)
+                self._hooks.on_worker_lost(message.host, message.port, message.pid, message.reason)
             case MetricsText():
                 self._metrics_text = message.text
                 if self._metrics_asked is not None and not self._metrics_asked.done():

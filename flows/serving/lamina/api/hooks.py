@@ -30,8 +30,8 @@ def _nothing(*_: object) -> None:
 class Hooks:
     """What the supervisor is told, and asked."""
 
-    on_worker_lost: Callable[[str, int, str], None] = _nothing
-    """Host, port, reason: the engine gets no answer from this attention worker."""
+    on_worker_lost: Callable[[str, int, int, str], None] = _nothing
+    """Host, port, process id (0: unknown), reason: the engine gets no answer from this attention worker."""
     on_silent: Callable[[], None] = _nothing
     """The engine takes connections and sends no heartbeat for `heartbeat_ms x silent_heartbeats`: end it.
 

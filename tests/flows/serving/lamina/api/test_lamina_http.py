@@ -182,8 +182,8 @@ def test_the_supervisor_hears_of_lost_workers_and_of_a_silent_engine(
     hooks = Hooks(on_worker_lost=lambda *where: lost.append(where), on_silent=lambda: silent.append(1))
     with running_server(folder, socket_path, hooks=hooks) as server:
         wait_until(lambda: server.service.link.is_alive)
-        engine.say(WorkerLost(host="127.0.0.1", port=4001, reason="no answer"))
-        wait_until(lambda: lost == [("127.0.0.1", 4001, "no answer")])
+        engine.say(WorkerLost(host="127.0.0.1", port=4001, pid=77, reason="no answer"))
+        wait_until(lambda: lost == [("127.0.0.1", 4001, 77, "no answer")])
         engine.script.silent = True
         wait_until(lambda: silent == [1] and not server.service.link.is_alive)
         engine.kill()
