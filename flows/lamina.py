@@ -236,7 +236,7 @@ def describe(url: str, name: str, bundle: Bundle, settings: Lamina, fleet: Fleet
     if cluster.attention_workers:
         where = ", ".join(fleet.labels)
         workers = (
-            f"{cluster.attention_workers} attention workers"
+            f"{cluster.attention_workers} attention worker{'s' if cluster.attention_workers > 1 else ''}"
             f"{f' and {cluster.spares} spare' if cluster.spares else ''}, partition {cluster.partition}, "
             f"{settings.kv.mb_per_worker} MB of keys and values each: {where}"
         )

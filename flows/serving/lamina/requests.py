@@ -90,8 +90,10 @@ class Drain(Message):
 
 
 class WorkersMoved(Message):
-    """Where all attention workers are now, spares last: one had to be placed on another host. What is not listed
-    is gone for good."""
+    """Where all attention workers are now, spares last, after one had to be placed on another host.
+
+    What is not listed is gone for good.
+    """
 
     type: Literal["workers_moved"] = "workers_moved"
     addresses: Annotated[tuple[WorkerAddress, ...], Field(strict=False, min_length=1)]

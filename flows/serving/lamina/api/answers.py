@@ -1,7 +1,7 @@
 """Tokens of one request, made into text: detokenised, cut at stop strings, with probabilities.
 
-Streamed or not, an answer comes from here, so both are the same text. Probabilities of a token go out with the
-text that the token completes; tokens behind a stop string are not listed.
+Streamed or not, an answer comes from here, so both are the same text. Probabilities of a token go out with
+the text that the token completes; tokens behind a stop string are not listed.
 """
 
 from __future__ import annotations

@@ -12,8 +12,7 @@ Errors of /v1 are `{"error": {message, type, param, code}}`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from importlib.metadata import version as package_version
 from typing import Any
 
@@ -41,20 +40,11 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 def create_app(service: Service, key: ApiKey | None = None) -> Starlette:
-    """The ASGI application; its lifespan keeps the link to the engine."""
-
-    @asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        service.link_task = asyncio.create_task(service.link.run())
-        yield
-        service.link_task.cancel()
-        await asyncio.wait({service.link_task})
-
+    """The ASGI application; whoever runs it keeps `service.link` running."""
     return Starlette(
         routes=_routes(service),
         middleware=[Middleware(Gateway, service=service, key=key)],
         exception_handlers={HTTPException: _unknown},
-        lifespan=lifespan,
     )
 
 

@@ -59,7 +59,8 @@ class Vocabulary:
             raise DataError(f"tokenizer.json has the decoder {unknown[0]!r}, whose text cannot be streamed")
 
     def is_hidden(self, token: int) -> bool:
-        return token in self._hidden
+        """Whether it is never text; also of an id that only pads the model's matrix."""
+        return token in self._hidden or self._tokenizer.id_to_token(token) is None
 
     def detokenizer(self, before: Sequence[int] = ()) -> Detokenizer:
         """
@@ -86,7 +87,7 @@ class Vocabulary:
         """What the token stands for inside of a text; its name if it is never text."""
         piece = self._tokenizer.id_to_token(token)
         if piece is None:
-            return b""  # an id that only pads the matrix
+            return b""
         if self.is_hidden(token):
             return str(piece).encode()
         if self._byte_level:

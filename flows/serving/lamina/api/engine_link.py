@@ -1,9 +1,10 @@
 """The way to the engine: one connection, made again when it breaks, and every open request across it.
 
 A request is a `Call`. Its tokens carry their index; what was delivered already is dropped, so a connection
-that breaks, or an engine that is started again and sends from the beginning, never doubles a token. A `Submit`
-that was on its way when the connection broke may have been lost or not: the link asks with `Follow`, and only
-if the engine does not know the request submits it again under the same id (spec 14, client contract).
+that breaks, or an engine that is started again and sends from the beginning, never doubles a token. A
+`Submit` that was on its way when the connection broke may have been lost or not: the link asks with `Follow`,
+and only if the engine does not know the request submits it again under the same id (spec 14, client
+contract).
 
 Everything here runs on one event loop.
 """
@@ -57,9 +58,9 @@ log = logging.getLogger("trunkline.serving")
 class Call:
     """One request of a client: what came of it so far, and what is yet to be read."""
 
-    def __init__(self, submit: Submit) -> None:
+    def __init__(self, submit: Submit, started: float) -> None:
         self.submit = submit
-        self.started = time.monotonic()
+        self.started = started
         self.accepted = False
         self.next_index = 0
         self.end: Literal["cancelled", "stop"] | None = None  # once nobody reads on
@@ -136,8 +137,11 @@ class EngineLink:
     def open_calls(self) -> int:
         return len(self._calls)
 
-    async def submit(self, submit: Submit) -> Call:
+    async def submit(self, submit: Submit, started: float) -> Call:
         """Hand a request to the engine; its first event says whether it was taken.
+
+        Args:
+            started: when the client asked, of the monotonic clock; for measurements.
 
         Raises:
             ApiError: 503, no engine within `ENGINE_WAIT_S`.
@@ -152,7 +156,7 @@ class EngineLink:
                 code="engine_unavailable",
                 retry_after_s=5,
             ) from None
-        call = Call(submit)
+        call = Call(submit, started)
         self._calls[call.id] = call
         self._send(submit)
         return call
@@ -161,8 +165,8 @@ class EngineLink:
         """Nobody reads on: end it wherever it is. The link forgets it once the engine has confirmed."""
         if call.end is None:
             call.end = reason
-        if call.id in self._calls:
-            self._send(Cancel(id=call.id, reason=reason))
+            if call.id in self._calls:
+                self._send(Cancel(id=call.id, reason=reason))
 
     def delete(self, call: Call) -> None:
         """End a request whose reader goes on to the end: it is told that it was cancelled."""

@@ -23,6 +23,7 @@ from prometheus_client.process_collector import ProcessCollector
 from flows.serving.lamina.api.engine_link import Call, Event
 from flows.serving.lamina.api.series import VllmAlias, without_families
 from flows.serving.lamina.requests import Finished, Heartbeat, Rejected, TokenEvent
+from flows.serving.lamina.rows import PAGE_TOKENS
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 # vLLM's buckets: first token from 1 ms to 2560 s, whole requests from 0.3 s to 7680 s
@@ -181,4 +182,4 @@ class Metrics:
         self.preemptions.inc(heartbeat.preemptions - seen)
         self._preemptions_seen = heartbeat.preemptions
         self.cache_config.clear()
-        self.cache_config.labels("16", str(heartbeat.pages)).set(1)
+        self.cache_config.labels(str(PAGE_TOKENS), str(heartbeat.pages)).set(1)

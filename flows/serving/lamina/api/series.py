@@ -27,6 +27,7 @@ ALIASES = {
     "trunkline_request_inference_time_seconds": "vllm:request_inference_time_seconds",
     "trunkline_request_prompt_tokens": "vllm:request_prompt_tokens",
     "trunkline_request_generation_tokens": "vllm:request_generation_tokens",
+    "trunkline_cache_config_info": "vllm:cache_config_info",
     "trunkline_request_params_max_tokens": "vllm:request_params_max_tokens",
 }
 """Names of families, so without the `_total` of counters."""

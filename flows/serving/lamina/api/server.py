@@ -33,7 +33,7 @@ from flows.serving.lamina.api.service import Service
 from flows.serving.lamina.api.texts import Texts
 from flows.serving.lamina.requests import WorkersMoved
 from flows.serving.lamina.slices.bundle import Bundle
-from flows.serving.listening import listening_socket, server_url
+from flows.serving.listening import listening_socket
 
 IDLE_CONNECTIONS = 256  # beside those with a request; further ones get 503
 KEEP_ALIVE_S = 10
@@ -84,7 +84,6 @@ def serve(
             hooks=hooks,
         )
         server = Server(service, uvicorn_config(service, key))
-        print(f"serving {service.name} at {server_url(listener)}", flush=True)
         server.run(sockets=[listener])
         if server.error is not None:
             raise server.error
@@ -100,6 +99,7 @@ def uvicorn_config(service: Service, key: ApiKey | None) -> uvicorn.Config:
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=CUT_OFF_S,
         server_header=False,
+        lifespan="off",  # the server itself keeps the link to the engine
     )
 
 
@@ -120,6 +120,7 @@ class Server(uvicorn.Server):
         self._asked = 0  # to stop
         self._loop: asyncio.AbstractEventLoop | None = None
         self._drain_until: float | None = None
+        self._link: asyncio.Task[None] | None = None
 
     def drain(self) -> None:
         self._asked += 1
@@ -139,6 +140,7 @@ class Server(uvicorn.Server):
         self.drain()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._link = asyncio.create_task(self._service.link.run())
         await super().startup(sockets)
         self._loop = asyncio.get_running_loop()
         self._service.hooks.on_started(self)
@@ -150,9 +152,8 @@ class Server(uvicorn.Server):
         if self._drain_until is not None:
             late = time.monotonic() >= self._drain_until
             self.should_exit = self.should_exit or late or not self._service.in_flight
-        link = self._service.link_task
-        if link is not None and link.done() and not link.cancelled():
-            self.error = self.error or link.exception()
+        if self._link is not None and self._link.done():  # a bug: it ends when it is told to
+            self.error = self.error or self._link.exception()
             self.should_exit = self.force_exit = True
         return await super().on_tick(counter)
 
@@ -161,6 +162,9 @@ class Server(uvicorn.Server):
         link.finish_all("server_stopping", "the server stops and this request took longer than it waits")
         link.drain()
         await super().shutdown(sockets)
+        if self._link is not None:
+            self._link.cancel()
+            await asyncio.wait({self._link})
         self._service.hooks.on_drained()
 
     @contextmanager

@@ -61,7 +61,6 @@ class Service:
         )
         self.draining = False
         self.in_flight = 0
-        self.link_task: asyncio.Task[None] | None = None
         self._generations: dict[str, Generation] = {}
 
     @property
@@ -104,7 +103,7 @@ class Service:
         Raises:
             ApiError: another model, a prompt that does not fit, no engine.
         """
-        arrived = time.time()
+        arrived, started = time.time(), time.monotonic()
         if asked.model != self.name:
             raise ApiError(
                 404,
@@ -138,7 +137,7 @@ class Service:
             alternatives=asked.alternatives,
         )
         try:
-            call = await self.link.submit(submit)
+            call = await self.link.submit(submit, started)
         except ApiError as error:
             self.metrics.rejected.labels(error.code or "").inc()
             raise
@@ -191,7 +190,11 @@ class Service:
 
     def delete(self, request_id: str) -> bool:
         """End the requests of this id, that of an answer or the client's own. Whether there was one."""
-        found = [each for each in self._generations.values() if request_id in (each.call.id, each.request_id)]
+        found = [
+            each
+            for each in self._generations.values()
+            if request_id in (each.call.id, each.request_id) and not each.call.settled
+        ]
         for generation in found:
             self.link.delete(generation.call)
         return bool(found)
@@ -207,7 +210,7 @@ class Service:
         heartbeat = self.link.heartbeat
         if not self.link.is_alive or heartbeat is None:
             return [*reasons, "the engine is not there"]
-        if heartbeat.state != "ready":
+        if heartbeat.state != "ready" or heartbeat.reasons:
             reasons += heartbeat.reasons or [f"the engine is {heartbeat.state}"]
         return reasons
 

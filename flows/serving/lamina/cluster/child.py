@@ -70,6 +70,11 @@ class Child:
         return code
 
     @property
+    def said_error(self) -> bool:
+        """Whether it has said `error: …`, which comes last: it is ending by itself."""
+        return bool(self._last_error)
+
+    @property
     def last_words(self) -> str:
         """Why it ended, in its own words; empty if it had none."""
         return self._last_error or self._last_line

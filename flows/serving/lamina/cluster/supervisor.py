@@ -162,7 +162,9 @@ class Supervisor:
         if self._addresses != self.fleet.addresses:
             self._move()
         silent, self._silent = self._silent, None
-        if silent and self.engine.ready:
+        child = self.engine.child
+        # one that ends with an error is silent while it takes itself apart; its exit code must not be lost
+        if silent and child and self.engine.ready and not (child.said_error and child.wait(STOP_PATIENCE_S)):
             self.engine.kill(silent)
         ending = self.engine.look()
         if ending is not None and not (self._draining and ending.code == 0):

@@ -20,7 +20,7 @@ def main():
     path = Path(config["socket"])
     with open(path.parent / "starts", "a") as starts:
         starts.write(json.dumps({"pid": os.getpid(), "workers": config["workers"]}) + "\n")
-    what, _, value = config["bundle"].partition(":")
+    what, _, value = Path(config["bundle"]).name.partition(":")
     if what == "exit":
         print("loading", file=sys.stderr)
         print("error: the stand-in cannot load its bundle", file=sys.stderr)

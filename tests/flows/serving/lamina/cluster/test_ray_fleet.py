@@ -20,7 +20,7 @@ cluster_utils = pytest.importorskip("ray.cluster_utils")
 
 QUICK = {
     "health_check_initial_delay_ms": 0,
-    "health_check_period_ms": 300,
+    "health_check_period_ms": 800,
     "health_check_failure_threshold": 3,
 }
 PLAN = [[(1, 0, 40)], [(1, 40, 1)]]
