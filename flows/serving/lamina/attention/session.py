@@ -9,6 +9,7 @@ dropped without a word, which fences an engine that only seemed dead.
 from __future__ import annotations
 
 import math
+import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -112,6 +113,7 @@ class Session:
         self.counts: Counter[str] = Counter()
         self._rules: list[AttentionRule] = []
         self._store: PageStore | None = None
+        self._store_id = ""  # by which an engine knows the pages that it has filled
         self._plans: dict[tuple[int, int], Plan] = {}
         self._unwritten: Callable[[], None] | None = None
         self._threads = ThreadPoolExecutor(threads, "attention") if threads > 1 else None
@@ -181,8 +183,7 @@ class Session:
                 f"CONFIG asks for {settings.bytes} bytes of pages, this worker may use {self.max_bytes}: "
                 f"at most {self.max_bytes // per_page} pages of {per_page} bytes"
             )
-        kept = settings == self.settings
-        if not kept:
+        if settings != self.settings:
             self._plans.clear()
             self._store = None  # the old pages go before the new ones come
             self._store = PageStore(
@@ -193,13 +194,18 @@ class Session:
                 AttentionRule(layer.scale, layer.window, layer.soft_cap) for layer in settings.layers
             ]
             self.settings = settings
+            self._store_id = secrets.token_hex(8)
         sizes = (
             min(settings.kv_heads, 2),
             settings.group,
             settings.head_dim,
             min(settings.block_tokens, 256),
         )
-        about = {"bytes": settings.bytes, "kept": kept, "batch_invariant": _tried_batch_invariant(*sizes)}
+        about = {
+            "bytes": settings.bytes,
+            "store": self._store_id,
+            "batch_invariant": _tried_batch_invariant(*sizes),
+        }
         return _answer(frame, pack_json(about))
 
     def _assign(self, frame: Frame) -> Frame:
