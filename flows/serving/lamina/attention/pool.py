@@ -123,7 +123,7 @@ class AttentionPool:
         self.parity_worker = partition.workers if with_parity else None
         self.seconds_per_work = seconds_per_work  # smoothed, of a layer
         self.batch_invariant = True
-        self.kept = [False] * len(addresses)  # of each worker: it is configured as before and has its pages
+        self.stores = [""] * len(addresses)  # of each worker: what it calls its pages; new ones, new name
         self.pids = [0] * len(addresses)
         self.names = [f"attention worker {j} ({name_of(address)})" for j, address in enumerate(addresses)]
         self._timeout_s, self._connect_s = layer_timeout_s, connect_timeout_s
@@ -144,7 +144,7 @@ class AttentionPool:
                 config = Header(FrameType.CONFIG, epoch)
                 answer = unpack_json(self._ask(worker, config, pack_json(settings.model_dump())))
                 self.batch_invariant &= bool(answer.get("batch_invariant"))
-                self.kept[worker] = bool(answer.get("kept"))
+                self.stores[worker] = str(answer.get("store", ""))
         except BaseException:
             self.close()
             raise

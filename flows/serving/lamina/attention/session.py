@@ -9,6 +9,7 @@ dropped without a word, which fences an engine that only seemed dead.
 from __future__ import annotations
 
 import math
+import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -109,10 +110,12 @@ class Session:
         self.max_bytes, self.device = max_bytes, device
         self.epoch = 0
         self.draining = False
+        self.copy_bytes_per_s = 0.0  # of this worker's memory, for whoever divides the work
         self.settings: WorkerSettings | None = None
         self.counts: Counter[str] = Counter()
         self._rules: list[AttentionRule] = []
         self._store: PageStore | None = None
+        self._store_id = ""  # by which an engine knows the pages that it has filled
         self._plans: dict[tuple[int, int], Plan] = {}
         self._unwritten: Callable[[], None] | None = None
         self._threads = ThreadPoolExecutor(threads, "attention") if threads > 1 else None
@@ -184,8 +187,7 @@ class Session:
                 f"CONFIG asks for {settings.bytes} bytes of pages, this worker may use {self.max_bytes}: "
                 f"at most {self.max_bytes // per_page} pages of {per_page} bytes"
             )
-        kept = settings == self.settings
-        if not kept:
+        if settings != self.settings:
             self._plans.clear()
             self._store = None  # the old pages go before the new ones come
             self._store = PageStore(
@@ -196,13 +198,18 @@ class Session:
                 AttentionRule(layer.scale, layer.window, layer.soft_cap) for layer in settings.layers
             ]
             self.settings = settings
+            self._store_id = secrets.token_hex(8)
         sizes = (
             min(settings.kv_heads, 2),
             settings.group,
             settings.head_dim,
             min(settings.block_tokens, 256),
         )
-        about = {"bytes": settings.bytes, "kept": kept, "batch_invariant": _tried_batch_invariant(*sizes)}
+        about = {
+            "bytes": settings.bytes,
+            "store": self._store_id,
+            "batch_invariant": _tried_batch_invariant(*sizes),
+        }
         return _answer(frame, pack_json(about))
 
     def _assign(self, frame: Frame) -> Frame:
@@ -229,6 +236,7 @@ class Session:
                 {
                     "epoch": self.epoch,
                     "draining": self.draining,
+                    "copy_bytes_per_s": self.copy_bytes_per_s,
                     "pages": store.pages if store else 0,
                     "pages_used": len(store.owners) if store else 0,
                     "slots": len(store.tables) if store else 0,

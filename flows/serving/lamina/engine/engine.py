@@ -41,6 +41,7 @@ from flows.serving.lamina.requests import (
     Rejected,
     Submit,
     ToEngine,
+    WorkersMoved,
 )
 from flows.serving.lamina.rows import RowTable, Span, TableDelta
 from flows.serving.lamina.slices.runner import Slices
@@ -170,6 +171,8 @@ class Engine:
             self._follow(message)
         elif isinstance(message, Drain):
             self.draining = True
+        elif isinstance(message, WorkersMoved):
+            self.workers.move(message.addresses)
 
     def _submit(self, submit: Submit) -> None:
         request = Request(submit, self._orders)
