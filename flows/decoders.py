@@ -1,8 +1,8 @@
 """A trained decoder on disk, as Hugging Face publishes models, and how well it predicts a split of text.
 
-    config.json model.safetensors generation_config.json     transformers reads them without any code of ours
-    tokenizer.json tokenizer_config.json
-    training.json                                            what it was trained on, for the stages behind it
+config.json model.safetensors generation_config.json     transformers reads them without any code of ours
+tokenizer.json tokenizer_config.json
+training.json                                            what it was trained on, for the stages behind it
 """
 
 from __future__ import annotations
@@ -110,9 +110,7 @@ class Judged:
         return float(self.nats.sum() / self.tokens.sum())
 
     def __add__(self, other: Judged) -> Judged:
-        return Judged(
-            self.nats + other.nats, self.correct + other.correct, self.tokens + other.tokens
-        )
+        return Judged(self.nats + other.nats, self.correct + other.correct, self.tokens + other.tokens)
 
 
 def judge(

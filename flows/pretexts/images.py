@@ -1,4 +1,4 @@
-"""What the stage `pretrain` asks of a pretext on images, beside model and loss: views, pictures, a backbone."""
+"""What the stage `pretrain` asks of a pretext on images beside model and loss: views, pictures, backbone."""
 
 from __future__ import annotations
 

@@ -126,7 +126,11 @@ def first_documents(split: TokenSplit, tokens: int = 4096) -> TokenSplit:
     count = min(count, len(split))
     starts = split.starts[: count + 1]
     return replace(
-        split, ids=split.ids[: starts[-1]], starts=starts, bytes=split.bytes[:count], names=split.names[:count]
+        split,
+        ids=split.ids[: starts[-1]],
+        starts=starts,
+        bytes=split.bytes[:count],
+        names=split.names[:count],
     )
 
 

@@ -1,9 +1,9 @@
 """Read the text source, check every document, train a tokenizer, write the tokens of each split.
 
-Files in: `ingest_text.source`. Files out: artifacts/text (flows/text/corpus.py says what). Two passes, so that
-memory does not grow with the documents: the first reads every one and keeps its hash and size, from which the
-splits follow; the second trains the tokenizer on the training documents and encodes all. Validation and test
-have no say in the tokenizer.
+Files in: `ingest_text.source`. Files out: artifacts/text (flows/text/corpus.py says what). Two passes, so
+that memory does not grow with the documents: the first reads every one and keeps its hash and size, from
+which the splits follow; the second trains the tokenizer on the training documents and encodes all. Validation
+and test have no say in the tokenizer.
 """
 
 from __future__ import annotations
@@ -123,10 +123,10 @@ def write_all(
     token_type: Literal["<u2", "<u4"] = "<u2" if size <= 1 << 16 else "<u4"
     described = {}
     for split, members in splits.items():
-        writer = SplitWriter(folder, split, token_type)
-        for document in encoded(members, tokenizer):
-            writer.add(document)
-        described[split] = writer.close()
+        with SplitWriter(folder, split, token_type) as writer:
+            for document in encoded(members, tokenizer):
+                writer.add(document)
+            described[split] = writer.record()
     manifest = TextManifest(
         name=source.name,
         source=source.origin,
@@ -138,9 +138,7 @@ def write_all(
         quarantined=len(quarantined),
     ).sealed()
     files.write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
-    files.write_json(
-        folder / QUARANTINE, [{"name": name, "reason": reason} for name, reason in quarantined]
-    )
+    files.write_json(folder / QUARANTINE, [{"name": name, "reason": reason} for name, reason in quarantined])
     return manifest
 
 

@@ -2,7 +2,7 @@
 
     manifest.json                       name, source, licence, sizes, sha256 of every file, digest
     tokenizer.json tokenizer_config.json
-    train.tokens val.tokens test.tokens   documents one after the other, little-endian numbers, mapped not read
+    train.tokens val.tokens test.tokens   documents one after the other, little-endian numbers, memory-mapped
     train.csv …                         a line per document: name, sha256, bytes, tokens
     quarantine.json                     what was left out, and why
 
@@ -78,14 +78,14 @@ class TokenizedDocument:
 
 
 class SplitWriter:
-    """Appends documents of one split; memory does not grow with them, except for a line each."""
+    """Appends documents of one split; memory does not grow with them, but for a line each."""
 
     def __init__(self, folder: Path, split: str, token_type: Literal["<u2", "<u4"]) -> None:
         self._folder, self._split, self._type = folder, split, token_type
         self._lines = io.StringIO()
         self._csv = csv.writer(self._lines, lineterminator="\n")
         self._csv.writerow(("name", "sha256", "bytes", "tokens"))
-        self._file = open(folder / f"{split}.tokens", "wb")
+        self._file = open(folder / f"{split}.tokens", "wb")  # noqa: SIM115  # closed by __exit__
         self._documents = self._bytes = self._tokens = 0
 
     def add(self, document: TokenizedDocument) -> None:
@@ -95,7 +95,14 @@ class SplitWriter:
         self._bytes += document.bytes
         self._tokens += len(document.ids)
 
-    def close(self) -> SplitRecord:
+    def __enter__(self) -> SplitWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+    def record(self) -> SplitRecord:
+        """Finish the files."""
         self._file.close()
         index = self._folder / f"{self._split}.csv"
         files.write_text(index, self._lines.getvalue())
@@ -164,9 +171,7 @@ def load_split(folder: Path, manifest: TextManifest, split: str) -> TokenSplit:
         if not (folder / name).is_file():
             raise DataError(f"{folder / name} is missing; {AGAIN}")
         if files.sha256_file(folder / name) != sha256:
-            raise DataError(
-                f"{folder / name} is damaged (its sha256 differs from the manifest's); {AGAIN}"
-            )
+            raise DataError(f"{folder / name} is damaged (its sha256 differs from the manifest's); {AGAIN}")
     with open(folder / record.index, newline="") as file:
         rows = list(csv.DictReader(file))
     starts = np.concatenate(([0], np.cumsum([int(row["tokens"]) for row in rows]))).astype(np.int64)

@@ -42,6 +42,14 @@ class TextSource:
     documents: tuple[Document, ...]
 
 
+def source_name(dataset: str, source: Path) -> str:
+    """What the text is called, also as part of a registered model's name."""
+    if dataset == "pydoc_topics":
+        return "pydoc"
+    stem = source.stem if source.is_file() else source.resolve().name
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", stem).strip("-.") or "text"
+
+
 def open_source(dataset: str, source: Path, max_document_mb: int) -> TextSource:
     """
     Raises:
@@ -63,7 +71,9 @@ def _bundled_topics() -> TextSource:
     texts: dict[str, str] = topics.topics
     documents = tuple(Document(name, lambda name=name: texts[name]) for name in sorted(texts))  # type: ignore[misc]
     version = platform.python_version()
-    return TextSource("pydoc", f"pydoc_data.topics of Python {version}", "PSF-2.0", documents)
+    return TextSource(
+        source_name("pydoc_topics", Path()), f"pydoc_data.topics of Python {version}", "PSF-2.0", documents
+    )
 
 
 def _folder(folder: Path, limit: int) -> TextSource:
@@ -78,7 +88,7 @@ def _folder(folder: Path, limit: int) -> TextSource:
         Document(path.relative_to(folder).as_posix(), lambda path=path: read_text(path, limit))  # type: ignore[misc]
         for path in found
     )
-    return TextSource(_plain(folder.resolve().name), str(folder), "unknown", documents)
+    return TextSource(source_name("files", folder), str(folder), "unknown", documents)
 
 
 def _is_hidden(path: Path, folder: Path) -> bool:
@@ -94,7 +104,7 @@ def _single_file(path: Path, limit: int) -> TextSource:
         Document(f"{path.name}#{number}", lambda text=text: text)  # type: ignore[misc]
         for number, text in enumerate(sections)
     )
-    return TextSource(_plain(path.stem), str(path), "unknown", documents)
+    return TextSource(source_name("files", path), str(path), "unknown", documents)
 
 
 def cut_sections(text: str) -> Iterator[str]:
@@ -144,8 +154,3 @@ def check_text(text: str) -> str:
     if "\0" in text:
         raise UnusableDocument("holds NUL characters, so it is no text")
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _plain(name: str) -> str:
-    """As part of a registered model's name."""
-    return re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.") or "text"

@@ -1,4 +1,4 @@
-"""Which documents train, validate and test: whole documents, by a hash of seed and name, in shares of bytes."""
+"""Which documents train, validate and test: whole ones, by a hash of seed and name, in shares of bytes."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def assign_splits(
     """
     if len(sizes) < len(SPLITS):
         raise DataError(
-            f"the source has {len(sizes)} usable documents; at least {len(SPLITS)} are needed, one for each of "
-            f"{', '.join(SPLITS)}"
+            f"the source has {len(sizes)} usable documents; at least {len(SPLITS)} are needed, one for each "
+            f"of {', '.join(SPLITS)}"
         )
 
     def rank(index: int) -> bytes:

@@ -297,7 +297,7 @@ def positions_within(documents: Tensor) -> Tensor:
 
 
 def angles(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of positions (…, T), each (…, T, E): the E/2 frequencies twice, one after the other."""
+    """Cosines and sines of positions (…, T), each (…, T, E): the E/2 frequencies twice, side by side."""
     even = torch.arange(0, head_dim, 2, device=positions.device).float()
     turns = positions.float()[..., None] * theta ** -(even / head_dim)
     turns = torch.cat((turns, turns), -1)

@@ -1,6 +1,6 @@
 """Next-token prediction: the loss of a decoder on rows of packed documents.
 
-    B rows · L tokens of a row · V vocabulary
+B rows · L tokens of a row · V vocabulary
 """
 
 from __future__ import annotations
