@@ -35,7 +35,11 @@ app.add_typer(export_app, name="export")
 @app.command()
 def run(
     dataset: Annotated[
-        str, typer.Option(help="digits, cifar10 or a folder of images; empty: as in params.yaml")
+        str,
+        typer.Option(
+            help="digits, cifar10 or a folder of images; of texts if objective is causal_lm; empty: as in "
+            "params.yaml"
+        ),
     ] = "",
     recipe: Annotated[str, typer.Option(help="name in recipes/ or path of an overlay of params.yaml")] = "",
     set_: Annotated[list[str], typer.Option("--set", help="key=value, may be repeated")] = [],  # noqa: B006

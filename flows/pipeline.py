@@ -9,6 +9,7 @@ with the same arguments.
 from __future__ import annotations
 
 import os
+import re
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -71,7 +72,9 @@ def run_stage(
     table = [{"parameter": key, "value": str(value)} for key, value in parameters.items()]
     table.append({"parameter": "— MLflow run that made the outputs", "value": receipt.get("run_id", "")})
     table.append({"parameter": "— duration of this task", "value": f"{seconds:.1f} s ({status})"})
-    create_table_artifact(table, key=stage.replace("@", "-"), description=f"{stage}: parameters and outcome")
+    create_table_artifact(
+        table, key=re.sub(r"[^a-z0-9]", "-", stage), description=f"{stage}: parameters and outcome"
+    )
     return {"stage": stage, "status": status, "seconds": seconds, "receipt": receipt}
 
 

@@ -64,6 +64,12 @@ class LanguagePretrain(Section):
     separate_documents: bool
     training: Training
 
+    @model_validator(mode="after")
+    def _no_windows(self) -> Self:
+        if self.training.attention_chunk:
+            raise ValueError("training.attention_chunk is about windows of images; a decoder needs 0")
+        return self
+
 
 class LanguageEvaluate(Section):
     split: Literal["test", "val"]
