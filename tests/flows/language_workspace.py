@@ -14,10 +14,10 @@ from flows.stage import Stage
 from flows.stages import language_evaluate, language_export, text
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 220
+STEPS = 180
 TINY: Mapping[str, Any] = {
     "objective": "causal_lm",
-    "ingest_text": {"vocab_size": 320, "test_fraction": 0.03, "val_fraction": 0.03},
+    "ingest_text": {"vocab_size": 320, "test_fraction": 0.02, "val_fraction": 0.02},
     "decoder": {
         "hidden_size": 48,
         "intermediate_size": 96,
