@@ -109,7 +109,8 @@ class Zygote:
         return int(told["port"])
 
     def replace(self, port: int) -> None:
-        os.kill(self.pids[port], signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.kill(self.pids[port], signal.SIGKILL)
         for _ in range(200):
             try:
                 self.start(port)
@@ -254,11 +255,10 @@ class Bench:
         return None
 
     def happen(self, fault: Fault, address: tuple[str, int], link: FaultyLink) -> None:
-        pid = self.zygote.pids[address[1]]
-        if fault.kind == "kill":
-            os.kill(pid, signal.SIGKILL)
-        elif fault.kind == "stop":
-            os.kill(pid, signal.SIGSTOP)
+        if fault.kind in ("kill", "stop"):
+            number = signal.SIGKILL if fault.kind == "kill" else signal.SIGSTOP
+            with suppress(ProcessLookupError):  # of two faults the other was faster
+                os.kill(self.zygote.pids[address[1]], number)
         elif fault.kind == "close":
             link.close()
         elif fault.kind in ("delay", "hold"):
