@@ -32,6 +32,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from benchmarks.lamina_engine import ROOT, running, section
 from flows import files
 from flows.params import Lamina
@@ -118,6 +120,15 @@ class Zygote:
             except KeyError:  # the port is free when the dead one is gone
                 time.sleep(0.01)
         raise RuntimeError(f"no worker can be started on port {port}")
+
+    def lives(self, port: int) -> bool:
+        try:
+            return psutil.Process(self.pids[port]).status() not in (
+                psutil.STATUS_STOPPED,
+                psutil.STATUS_ZOMBIE,
+            )
+        except psutil.NoSuchProcess:
+            return False
 
     def close(self) -> None:
         assert self._process.stdin is not None
@@ -287,6 +298,9 @@ class Bench:
         )  # fmt: skip
         while len(self.ports) < lamina.processes:
             self.ports.append(self.zygote.start())
+        for port in self.ports:  # the last thing of the run before may have been a loss that nobody noticed
+            if not self.zygote.lives(port):
+                self.zygote.replace(port)
         said: list[Any] = []
         times: list[float] = []
 
