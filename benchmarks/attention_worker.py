@@ -5,9 +5,10 @@
 
 Bandwidth: decode rows over a store larger than the caches, so every byte of keys and values is read from
 memory once per step. The limit is copying arrays with the same threads, in turns with it in the same run,
-reading and writing counted; the goal is 60 % of it at 4,096 tokens and 16 requests or more. Arrays are in huge
-pages, as the store of the fused kernel is; what torch copies is not, and counts for the torch kernel. Round trip: Q, KV and OUT of one layer over loopback to a real worker process with a
-context of less than one page; the goal is 150 µs. Writes benchmarks/results/attention_worker.md.
+reading and writing counted; the goal is 60 % of it at 4,096 tokens and 16 requests or more. Each kernel is
+compared with copying in memory like its own: the fused one has huge pages, torch has not. Round trip: Q, KV
+and OUT of one layer over loopback to a real worker process with a context of less than one page; the goal
+is 150 µs. Writes benchmarks/results/attention_worker.md.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import secrets
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, Protocol
 
@@ -313,7 +313,7 @@ class Session:
         out, log_sum = attention.finish(layer, plan.layout, plan.early.pop(layer), k, v)
         if layer == len(self._rules) - 1:
             self._plans.pop(frame.header.key)
-        header = replace(frame.header, type=FrameType.OUT, rows=plan.table.rows)
+        header = frame.header._replace(type=FrameType.OUT, rows=plan.table.rows)
         return Frame(header, pack_tensors(out) if log_sum is None else pack_tensors(out, log_sum))
 
     def _keep(self, frame: Frame) -> Frame | None:
@@ -336,7 +336,7 @@ class Session:
             )
         slots, positions = np.full(end - start, slot), np.arange(start, end)
         payload = pack_tensors(*store.memory.take(frame.header.layer, store.locate(slots, positions)))
-        return Frame(replace(frame.header, number_type=NumberType.FLOAT32, rows=end - start), payload)
+        return Frame(frame.header._replace(number_type=NumberType.FLOAT32, rows=end - start), payload)
 
     def _keys_and_values(self, frame: Frame, plan: Plan) -> list[Floats]:
         settings, _ = self._ready()
@@ -371,13 +371,13 @@ class Session:
 
 
 def _answer(frame: Frame, payload: bytes = b"") -> Frame:
-    return Frame(replace(frame.header, number_type=NumberType.NONE), payload)
+    return Frame(frame.header._replace(number_type=NumberType.NONE), payload)
 
 
 def error_frame(header: Header | None, text: str) -> Frame:
     """What a peer is told before the connection ends."""
     base = header or Header(FrameType.ERROR)
-    return Frame(replace(base, type=FrameType.ERROR, number_type=NumberType.NONE), pack_json({"error": text}))
+    return Frame(base._replace(type=FrameType.ERROR, number_type=NumberType.NONE), pack_json({"error": text}))
 
 
 def default_scale(head_dim: int) -> float:
