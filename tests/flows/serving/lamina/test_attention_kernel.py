@@ -201,3 +201,25 @@ def test_without_a_folder_for_the_cache_it_is_compiled_all_the_same(monkeypatch)
     monkeypatch.setattr(kernel, "njit", refuse)
     twice = kernel._compile("int64(int64)", lambda x: 2 * x)
     assert twice(21) == 42
+
+
+@pytest.mark.parametrize("way", ["fused", "torch"])
+def test_what_a_lost_worker_held_comes_back_from_parity(way):
+    requests, tables = Requests({0: 40}), {0: (2, 3, 9)}
+    table = RowTable((Span(0, 0, 39, RowKind.CHUNK),), (TableDelta(0, 0, tables[0]),))
+    partition = HeadPartition(KV_HEADS, [3, 1])
+    with (
+        serving(3, kernel=way) as (servers, addresses),
+        connect(addresses, partition, with_parity=True) as pool,
+    ):
+        pool.plan(table, 1)
+        for layer in range(2):
+            q, k, v = requests.rows(table, layer)
+            pool.send_q(layer, q, 1)
+            pool.kv(layer, k, v, 1)
+        held = [servers[1].session._store.page(layer, 3) for layer in range(2)]
+        for page in tables[0]:
+            servers[1].session._store.memory.fill(page, 5.0)
+        pool.rebuild(1, {0: 39}, 2)
+        for layer in range(2):
+            np.testing.assert_array_equal(servers[1].session._store.page(layer, 3), held[layer])
