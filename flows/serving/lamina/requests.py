@@ -145,6 +145,7 @@ class WorkerLost(Message):
     type: Literal["worker_lost"] = "worker_lost"
     host: str
     port: int
+    pid: int = 0  # of the process that was spoken to; 0: it never said. A successor must not be ended for it
     reason: str
 
 

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from typing import TypeVar
 
 import numpy as np
@@ -180,7 +180,8 @@ class Session:
                 f"CONFIG asks for {settings.bytes} bytes of pages, this worker may use {self.max_bytes}: "
                 f"at most {self.max_bytes // per_page} pages of {per_page} bytes"
             )
-        if settings != self.settings:
+        kept = settings == self.settings
+        if not kept:
             self._plans.clear()
             self._store = None  # the old pages go before the new ones come
             self._store = PageStore(
@@ -197,9 +198,8 @@ class Session:
             settings.head_dim,
             min(settings.block_tokens, 256),
         )
-        return _answer(
-            frame, pack_json({"bytes": settings.bytes, "batch_invariant": batch_invariant(*sizes)})
-        )
+        about = {"bytes": settings.bytes, "kept": kept, "batch_invariant": _tried_batch_invariant(*sizes)}
+        return _answer(frame, pack_json(about))
 
     def _assign(self, frame: Frame) -> Frame:
         for delta in RowTable.decode(frame.payload).deltas:
@@ -380,6 +380,11 @@ class Session:
         if self.settings is None or self._store is None:
             raise DataError("this worker was not configured; send CONFIG first")
         return self.settings, self._store
+
+
+@cache
+def _tried_batch_invariant(heads: int, group: int, head_dim: int, block: int) -> bool:
+    return batch_invariant(heads, group, head_dim, block)  # an engine that comes back does not wait again
 
 
 def _answer(frame: Frame, payload: bytes = b"") -> Frame:
