@@ -238,7 +238,7 @@ def check_latency() -> Check:
 
 
 def best_overlap_gain(bench: Bench, model: Model, context: int = 4096) -> tuple[float, int]:
-    """Largest share of the time between tokens that an early Q saves, sequential, over what fits; and where."""
+    """Largest share of the time between tokens that an early Q saves, without rotation; at which batch."""
     set_up = bench.lamina(2, 4, 1)
     on = Costs(model, set_up, bench.network, bench.policy)
     off = Costs(model, set_up, bench.network, bench.policy.model_copy(update={"overlap": False}))

@@ -1,4 +1,4 @@
-"""What a language model would cost and how fast it would be on hardware that is not here (spec 1, 2, 5, 6, 10).
+"""What a language model costs and how fast it is on hardware that is not here (spec 1, 2, 5, 6, 10).
 
 `inputs` and `traces` are what is given, `roofline` the closed forms, `steps` the time of one iteration,
 `replay` the discrete events, `planner` the choice between set-ups, `calibration` and `truth` what this

@@ -9,11 +9,12 @@ any other, and wins where it wins.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from flows.errors import ConfigError
-from flows.serving.lamina.simulator.inputs import Device, Hardware, Model, Network, Policy
+from flows.serving.lamina.simulator.faults import Fault
+from flows.serving.lamina.simulator.inputs import Hardware, Model, Network, Policy
 from flows.serving.lamina.simulator.replay import replay
 from flows.serving.lamina.simulator.results import (
     Figures,
@@ -23,7 +24,6 @@ from flows.serving.lamina.simulator.results import (
     simulate,
     summarise,
 )
-from flows.serving.lamina.simulator.roofline import min_bandwidth
 from flows.serving.lamina.simulator.steps import Costs, SetUp
 from flows.serving.lamina.simulator.traces import Trace
 
@@ -38,15 +38,18 @@ LINK, SLO, SLO_SIMULATED = (
 PRICE, BEATEN = "over the price limit", f"worse by over {MARGIN - 1:.0%} in both figures (closed form)"
 IDLE = "served nothing"
 
+FaultsFor = Callable[[int, float], Sequence[Fault]]
+
 
 @dataclass(frozen=True)
 class Candidate:
     set_up: SetUp
-    max_requests: int  # at once; what memory allows times a share
+    max_requests: int  # at once; 0: as memory allows
 
     @property
     def label(self) -> str:
-        return f"{self.set_up.label} B≤{self.max_requests}"
+        batch = f" B≤{self.max_requests}" if self.max_requests else ""
+        return f"{self.set_up.label}{batch}"
 
 
 @dataclass(frozen=True)
@@ -86,15 +89,20 @@ class Plan:
             return "Do not disaggregate: only equal devices can serve this."
         if theirs is None:
             return "Disaggregate: equal devices cannot serve this within what was tried."
-        gain = theirs.usd / ours.usd - 1.0
-        assert ours.judged and theirs.judged
+        assert ours.judged is not None
+        assert theirs.judged is not None
         mine, other = ours.judged.usd_per_million_tokens, theirs.judged.usd_per_million_tokens
-        apart = mine.high < other.low if gain > 0 else other.high < mine.low
+        cheaper = ours.usd < theirs.usd
+        apart = mine.high < other.low if cheaper else other.high < mine.low
         sure = "" if apart else " The intervals overlap: too close to call without measured efficiencies."
-        if gain > 0:
-            return f"Disaggregate: {gain:.0%} more tokens per dollar than the cheapest set-up of equal devices.{sure}"
+        if cheaper:
+            gain = theirs.usd / ours.usd - 1.0
+            return f"Disaggregate: {gain:.0%} more tokens per dollar than the best of equal devices.{sure}"
         more = ours.usd / theirs.usd - 1.0
-        return f"Do not disaggregate: attention elsewhere costs {more:.0%} more per token than equal devices.{sure}"
+        return (
+            f"Do not disaggregate: with attention elsewhere a token costs {more:.0%} more than on equal "
+            f"devices.{sure}"
+        )
 
 
 def plan(
@@ -103,9 +111,14 @@ def plan(
     hardware: Hardware,
     network: Network,
     policy: Policy,
+    *,
+    faults_for: FaultsFor = lambda workers, span_s: [],
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Plan:
     """
+    Args:
+        faults_for: what is lost while the trace runs at its own pace, given the memory devices and seconds.
+
     Raises:
         ConfigError: no request of the trace is short enough for the model.
     """
@@ -144,7 +157,7 @@ def plan(
     }
     wanted = pareto(points)
     judged = {
-        id(point): _judged(point, model, trace, network, policy)
+        id(point): _judged(point, model, trace, network, policy, faults_for)
         for point in {id(p): p for p in (*wanted, *best.values()) if p is not None}.values()
     }
     found.pareto = [judged[id(point)] for point in wanted]
@@ -221,7 +234,7 @@ def _candidates(
         smallest = costs.iteration(1).seconds(costs.token_s * trace.live_context)
         if policy.tbt_slo_ms and smallest * 1e3 > policy.tbt_slo_ms:
             yield None, SLO
-        elif not set_up.homogeneous and _needs(model, trace, set_up, policy, rows) > costs.link_bandwidth:
+        elif not set_up.homogeneous and link_slowdown(costs, rows, trace) > policy.bandwidth_slowdown:
             yield None, LINK
         else:
             yield candidate, ""
@@ -238,12 +251,17 @@ def _impossible(model: Model, set_up: SetUp, policy: Policy) -> str:
     return ""
 
 
-def _needs(model: Model, trace: Trace, set_up: SetUp, policy: Policy, rows: int) -> float:
-    """Bytes/s that the link has to have, at the efficiencies of the devices."""
-    memory = set_up.memory or set_up.compute
-    return min_bandwidth(
-        model, rows, trace.live_context, set_up.compute, set_up.a, memory, set_up.b, policy.bandwidth_slowdown
-    )
+def link_slowdown(costs: Costs, rows: int, trace: Trace) -> float:
+    """By how much the link's bandwidth prolongs an iteration.
+
+    Without rotation that is wire bytes over bandwidth over computing time: above alpha, the bandwidth is below
+    the minimum of spec 2. With rotation, moving bytes costs nothing while it hides behind other batches.
+    """
+    cost = costs.iteration(rows, trace.live_context)
+    attention_s = costs.token_s * rows / costs.pools * trace.live_context
+    unlimited = cost._replace(wire_s=0.0, wire_busy_s=0.0, credit_s=0.0, overhead_s=0.0)
+    limited = unlimited._replace(wire_s=cost.wire_busy_s)
+    return limited.seconds(attention_s) / unlimited.seconds(attention_s) - 1.0
 
 
 def _closed_form(
@@ -258,11 +276,15 @@ def _closed_form(
     return cost_per_million(costs.price_per_hour, seconds, rows), seconds * 1e3
 
 
-def _judged(point: Point, model: Model, trace: Trace, network: Network, policy: Policy) -> Point:
+def _judged(
+    point: Point, model: Model, trace: Trace, network: Network, policy: Policy, faults_for: FaultsFor
+) -> Point:
     chosen = limited(policy, point.candidate)
     judged = judge(trace, model, point.candidate.set_up, network, chosen, point.figures)
     costs = Costs(model, point.candidate.set_up, network, chosen)
-    pace = replay(trace.faster(policy.arrival_scale), costs, saturated=False)
+    trace = trace.faster(policy.arrival_scale)
+    faults = faults_for(point.candidate.set_up.b, trace.span_s)
+    pace = replay(trace, costs, saturated=False, faults=faults)
     return replace(point, judged=judged, open_loop=summarise(pace))
 
 
@@ -270,6 +292,6 @@ def _check_lengths(model: Model, trace: Trace, policy: Policy) -> None:
     longest = trace.prompt + trace.output
     if policy.enforce_max_context and bool((longest > model.max_context).all()):
         raise ConfigError(
-            f"every request of {trace.name} is longer than the {model.max_context} positions of {model.name}; "
-            "take another model, or set `enforce_max_context: false` in the policy to plan with dummies"
+            f"every request of {trace.name} is longer than the {model.max_context} positions of "
+            f"{model.name}; take another model, or plan with dummies: `enforce_max_context: false` in the policy"
         )

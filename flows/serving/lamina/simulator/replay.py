@@ -296,7 +296,7 @@ class _Replay:
         if self.prefilling:
             parts, count = self._chunks(max(1, self.policy.max_rows - rows), count)
             chunk = sum(size for _, size in parts)
-        cost = self.costs.iteration(rows + chunk, sum(self.live) / rows if rows else 1.0)
+        cost = self.costs.iteration(rows, sum(self.live) / rows if rows else 1.0, chunk)
         begin, growth = self._attention(parts)
         start = max(self.now, self.blocked_until)
         until, strike = self._next_moments()

@@ -1,8 +1,8 @@
 """Figures of a replay: speed, latency, use of devices, money; and their interval (spec 10).
 
 Every efficiency of every device is a guess until it is measured, so a figure comes with what it would be if
-all of them were 10 % lower and 10 % higher. An iteration gets no slower when an efficiency rises, so these two
-corners bound every combination in between.
+all of them were 10 % lower and 10 % higher. An iteration gets no slower when an efficiency rises, so these
+two corners bound every combination in between.
 """
 
 from __future__ import annotations

@@ -1,13 +1,11 @@
-"""Closed forms of sections 1, 2, 5 and 6 of the specification (arXiv 2405.01814 v2): what bounds an iteration.
+"""Closed forms of sections 1, 2 and 6 of the specification (arXiv 2405.01814 v2): what bounds an iteration.
 
-Symbols as in the paper: N parameters, L layers, d hidden size, H query and KV key heads of size hd, e bytes per
-element, B rows of the batch, l context, F FLOP/s, W bytes/s. The paper writes wire bytes for H·hd = d; here
-they are (2H + 2KV)·hd·e per row and layer, which also holds for models where H·hd is another number.
+Symbols as in the paper: N parameters, L layers, d hidden size, H query and KV key heads of size hd, e bytes
+per element, B rows of the batch, l context, F FLOP/s, W bytes/s. The paper writes wire bytes for H·hd = d;
+here they are (2H + 2KV)·hd·e per row and layer, which also holds where H·hd is another number.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 from flows.serving.lamina.simulator.inputs import Device, Model
 
@@ -88,24 +86,3 @@ def pipelined_cycle(n: int, replicas: int, model_s: float, attention_s: float, w
     t_m + t_a + t_c: the largest sets the pace. Without rotation n and R are 1 and the last is the sum.
     """
     return max(n * model_s / replicas, n * attention_s, model_s + attention_s + wire_s)
-
-
-def split_heads(kv_heads: int, weights: Sequence[float]) -> list[int]:
-    """KV heads per worker in proportion to its bandwidth, by largest remainders; every worker has one."""
-    if not 1 <= len(weights) <= kv_heads or min(weights) <= 0:
-        raise ValueError(f"{kv_heads} heads cannot be split by {list(weights)}")
-    spare, total = kv_heads - len(weights), sum(weights)
-    exact = [max(0.0, kv_heads * weight / total - 1.0) for weight in weights]
-    scale = spare / sum(exact) if sum(exact) else 0.0
-    exact = [value * scale for value in exact]
-    heads = [int(value) for value in exact]
-    order = sorted(range(len(weights)), key=lambda j: (heads[j] - exact[j], j))
-    for j in order[: spare - sum(heads)]:
-        heads[j] += 1
-    return [count + 1 for count in heads]
-
-
-def head_slowdown(heads: Sequence[int], weights: Sequence[float]) -> float:
-    """How much slower than a perfect split the slowest worker is (spec 5)."""
-    pace = max(count / weight for count, weight in zip(heads, weights, strict=True))
-    return pace / (sum(heads) / sum(weights))

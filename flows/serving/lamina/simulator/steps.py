@@ -16,13 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flows.errors import ConfigError
+from flows.serving.lamina.attention.partition import share_heads, slowdown
 from flows.serving.lamina.simulator.inputs import Device, Model, Network, Partition, Policy
-from flows.serving.lamina.simulator.roofline import (
-    head_slowdown,
-    model_seconds,
-    split_heads,
-    wire_bytes_per_row,
-)
+from flows.serving.lamina.simulator.roofline import model_seconds, wire_bytes_per_row
 
 BLOCK_TOKENS = 1024
 """A request's tokens lie on several workers in blocks of so many with the sequence partition (spec 4)."""
@@ -30,7 +26,7 @@ BLOCK_TOKENS = 1024
 
 @dataclass(frozen=True)
 class SetUp:
-    """Which devices, how many, and how they work together. Without memory devices: equal devices, as usual."""
+    """Which devices, how many, and how they work together; without memory devices, equal ones as usual."""
 
     compute_name: str
     compute: Device
@@ -121,31 +117,27 @@ class Costs:
             room -= model.weight_bytes
         elif set_up.compute.room_bytes * set_up.a < model.weight_bytes:
             raise ConfigError(
-                f"{model.name} has {model.weight_bytes / 1e9:.1f} GB of weights, {set_up.a} {set_up.compute_name} "
-                f"have room for {set_up.compute.room_bytes * set_up.a / 1e9:.1f}"
+                f"{model.name} has {model.weight_bytes / 1e9:.1f} GB of weights, {set_up.a} "
+                f"{set_up.compute_name} have room for {set_up.compute.room_bytes * set_up.a / 1e9:.1f}"
             )
-        slowdown = 1.0
+        uneven = 1.0
         if set_up.homogeneous and set_up.a > model.kv_heads:
-            slowdown = set_up.a / model.kv_heads  # heads of keys are kept more than once
+            uneven = set_up.a / model.kv_heads  # heads of keys are kept more than once
         elif set_up.homogeneous or set_up.partition == "head":
-            if holders > model.kv_heads:
-                raise ConfigError(
-                    f"{model.name} has {model.kv_heads} heads of keys, {holders} workers cannot share them"
-                )
             equal = [1.0] * holders
-            slowdown = head_slowdown(split_heads(model.kv_heads, equal), equal)
+            uneven = slowdown(share_heads(model.kv_heads, equal), equal)
         self.pools = set_up.b if set_up.partition == "request" and set_up.memory else 1
         workers = holders / self.pools  # of a pool
         copies = 2 if set_up.redundancy == "replica" else 1
-        tokens = room / self.pools / slowdown / copies / model.kv_bytes_per_token
+        tokens = room / self.pools / uneven / copies / model.kv_bytes_per_token
         self.pool_tokens = max(0, int(tokens))
         reading = model.kv_bytes_per_token / (memory.bandwidth * memory.mbu_a)
         pair_flops = 4.0 * model.layers * model.heads * model.head_size
         computing = pair_flops / (memory.flops * memory.mfu)
-        self.token_s = max(reading, computing) * slowdown / workers
-        self.chunk_token_s = reading * slowdown / workers
-        self.chunk_pair_s = computing * slowdown / workers
-        self._cache: dict[tuple[int, int], Iteration] = {}
+        self.token_s = max(reading, computing) * uneven / workers
+        self.chunk_token_s = reading * uneven / workers
+        self.chunk_pair_s = computing * uneven / workers
+        self._cache: dict[tuple[int, int, int], Iteration] = {}
 
     @property
     def price_per_hour(self) -> float:
@@ -155,23 +147,24 @@ class Costs:
     def link_bandwidth(self) -> float:
         return self.network.bandwidth(self.set_up.a * self.set_up.replicas, self.set_up.b)
 
-    def iteration(self, rows: int, context: float = BLOCK_TOKENS) -> Iteration:
+    def iteration(self, rows: int, context: float = BLOCK_TOKENS, chunk: int = 0) -> Iteration:
         """
         Args:
-            rows: decoding and of prompt chunks.
+            rows: that decode.
+            chunk: rows of prompts beside them.
             context: mean, tells how many workers a request lies on where its tokens are spread.
         """
         holders = 1
         if self.set_up.partition == "sequence":
             holders = max(1, min(self.set_up.b, -(-int(context) // BLOCK_TOKENS)))
-        key = (rows, holders)
+        key = (rows, chunk, holders)
         if key not in self._cache:
-            self._cache[key] = self._iteration(rows, holders)
+            self._cache[key] = self._iteration(rows, chunk, holders)
         return self._cache[key]
 
-    def _iteration(self, rows: int, holders: int) -> Iteration:
+    def _iteration(self, rows: int, chunk: int, holders: int) -> Iteration:
         model, set_up, policy = self.model, self.set_up, self.policy
-        each = rows / set_up.micro_batches
+        each = (rows + chunk) / set_up.micro_batches
         model_s = model_seconds(model, each, set_up.compute, set_up.a)
         if set_up.a > 1:
             model_s += model.layers * policy.collectives_per_layer * set_up.compute.collective_us * 1e-6

@@ -1,8 +1,8 @@
 """Does the simulator tell the truth where it can be checked? This machine, simulated and measured (spec 10).
 
-A record holds runs of the real engine on this machine beside their simulation from the calibration of the same
-machine. Mean time between tokens and throughput within 15 % each: the check is passed, and the planner may
-print what it predicts for hardware that is not here. It says nothing about that hardware's own figures.
+A record holds runs of the real engine on this machine beside their simulation from the calibration of the
+same machine. Mean time between tokens and throughput within 15 % each: the check is passed, and the planner
+may print what it predicts for hardware that is not here. It says nothing about that hardware's own figures.
 """
 
 from __future__ import annotations
@@ -97,11 +97,11 @@ def require_truth(path: Path) -> str:
         record = read_record(path)
     except DataError as error:
         raise GateFailed(
-            f"no prediction without a truth check: {error}; or look at unchecked figures with --without-truth-check"
+            f"no prediction without a truth check: {error}; --without-truth-check shows unchecked figures"
         ) from None
     if not record.passed:
         raise GateFailed(
             f"no prediction: the truth check {path} is off by {record.worst:.0%}, {TOLERANCE:.0%} are allowed; "
-            f"repeat it on a quiet machine ({COMMAND}), or look at unchecked figures with --without-truth-check"
+            f"repeat it on a quiet machine ({COMMAND}); --without-truth-check shows unchecked figures"
         )
     return record.describe(path)
