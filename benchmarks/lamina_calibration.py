@@ -39,7 +39,7 @@ from numpy.typing import NDArray
 from flows import files, params
 from flows.errors import GateFailed, TrunklineError
 from flows.params import Lamina
-from flows.serving.lamina.attention.frames import FrameType, Header
+from flows.serving.lamina.attention.frames import FrameType, Header, NumberType
 from flows.serving.lamina.attention.transport import Link, LinkClosed
 from flows.serving.lamina.engine.calibration import Calibration
 from flows.serving.lamina.engine.engine import Engine
@@ -80,7 +80,7 @@ LARGE_ROWS = (128, 256, 512, 1024, 2048, 4096)
 CHUNKS = (16, 64, 127)
 LONGEST = 1024
 LARGE_BUDGET_S = 60.0
-WIRE_BYTES = (64, 1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 18, 1 << 20, 1 << 22)
+WIRE_BYTES = (128, 1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 18, 1 << 20, 1 << 22)
 OVERHEAD_REQUESTS = (1, 2, 3, 4, 6, 8, 12, 16)
 
 
@@ -312,7 +312,7 @@ def measure_wire() -> list[WireTime]:
             for index, size in enumerate(WIRE_BYTES):
                 payload = bytes(size // 2)
                 began = time.perf_counter()
-                link.send(Header(FrameType.PING), payload)
+                link.send(Header(FrameType.Q, number_type=NumberType.FLOAT32), payload)
                 link.receive(10)
                 times[index].append(time.perf_counter() - began)
         link.close()

@@ -17,7 +17,7 @@ from typing import Any
 from flows import files
 from flows.errors import ConfigError
 from flows.serving.lamina.simulator import planner, truth
-from flows.serving.lamina.simulator.faults import Fault, merged, parse_fault, random_losses
+from flows.serving.lamina.simulator.faults import Fault, in_order, parse_fault, random_losses
 from flows.serving.lamina.simulator.inputs import (
     Hardware,
     Model,
@@ -117,7 +117,7 @@ def faults_of(question: Question, workers: int, span_s: float) -> list[Fault]:
     given = [parse_fault(text) for text in question.faults]
     if not question.hours_between_losses:
         return given
-    return merged(given, random_losses(workers, question.hours_between_losses, span_s, question.seed))
+    return in_order([*given, *random_losses(workers, question.hours_between_losses, span_s, question.seed)])
 
 
 def _progress(done: int, of: int) -> None:

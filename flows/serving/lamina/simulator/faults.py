@@ -19,7 +19,7 @@ DETECTION_S = 0.6
 """Three heartbeats of 200 ms (spec 14); a closed connection is seen at once, a stopped process is not."""
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Fault:
     """A worker that is lost."""
 
@@ -63,7 +63,7 @@ def random_losses(workers: int, hours_between: float, span_s: float, seed: int) 
         while moment < span_s:
             faults.append(Fault(float(moment), "attention", worker))
             moment += generator.exponential(hours_between * 3600.0)
-    return sorted(faults)
+    return in_order(faults)
 
 
 def recompute_flops(model: Model, tokens: float) -> float:
@@ -81,5 +81,6 @@ def parity_rebuild_seconds(kv_bytes: float, b: int, gb_s: float, *, chained: boo
     return shard / (gb_s * 1e9) * (1 if chained else b)
 
 
-def merged(*groups: Iterable[Fault]) -> list[Fault]:
-    return sorted(fault for group in groups for fault in group)
+def in_order(faults: Iterable[Fault]) -> list[Fault]:
+    """By time; of several at one moment, attention workers first, by number."""
+    return sorted(faults, key=lambda fault: (fault.time_s, fault.kind, fault.worker))

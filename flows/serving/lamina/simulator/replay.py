@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from flows.serving.lamina.simulator.faults import (
     Fault,
+    in_order,
     parity_rebuild_seconds,
     recompute_seconds,
 )
@@ -116,7 +117,7 @@ class _Replay:
         self.returning: list[tuple[float, int]] = []  # lost, being recomputed elsewhere
         self.fresh: list[int] = []  # that get a token for the first time
         self.events: list[tuple[int, int, int, int, float]] = []  # iteration, request, version, ends, slope
-        self.faults = deque(sorted(faults))
+        self.faults = deque(in_order(faults))
         self.blocked_until = 0.0  # no iteration begins before: a loss is being dealt with
         self.finished = 0
         self.record = Recording(trace, costs, saturated, sum(self.capacity))

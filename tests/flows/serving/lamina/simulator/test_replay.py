@@ -181,10 +181,8 @@ def test_cost_is_linear_in_hours_and_price():
 
 def test_equal_input_gives_equal_bytes():
     generator = np.random.default_rng(3)
-    work = [
-        (int(p), int(o))
-        for p, o in zip(generator.integers(1, 900, 80), generator.integers(1, 90, 80), strict=True)
-    ]
+    work = [tuple(pair) for pair in generator.integers(1, (900, 90), (80, 2)).tolist()]
+    requests = trace(work, np.arange(80) / 7)
     faults = random_losses(2, 0.001, 20.0, seed=5)
     runs = [
         repr(summarise(replay(requests, costs(), saturated=False, faults=faults)).to_dict()) for _ in range(2)
