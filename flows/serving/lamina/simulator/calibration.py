@@ -143,7 +143,7 @@ def fit(measured: Measured, keep: Callable[[int], bool] = lambda index: True) ->
         programs[kind] = [(point.rows, point.seconds) for point in used]
     wired = [point for index, point in enumerate(measured.wire) if keep(index)]
     wire = _non_negative([(1.0, float(p.bytes)) for p in wired], [p.seconds for p in wired])
-    seen = [point for index, point in enumerate(measured.attention) if keep(index)]
+    seen = [point for index, point in enumerate(_shuffled(measured.attention)) if keep(index)]
     known = Fit({}, (0.0,) * 5, (wire[0], wire[1]), (0.0, 0.0))  # type: ignore[arg-type]
     rest = [p.seconds - (known.wire_seconds(p.wire_bytes) if p.wire_bytes else 0.0) for p in seen]
     attention = _non_negative(
@@ -175,7 +175,7 @@ def held_out_errors(measured: Measured) -> dict[str, Errors]:
             ]
         found["attention"] += [
             abs(fitted.attention_seconds(p) / p.seconds - 1.0)
-            for index, p in enumerate(measured.attention)
+            for index, p in enumerate(_shuffled(measured.attention))
             if index % 2 != half
         ]
         found["wire"] += [
@@ -188,6 +188,11 @@ def held_out_errors(measured: Measured) -> dict[str, Errors]:
         for name, errors in found.items()
         if errors
     }
+
+
+def _shuffled(points: Sequence[AttentionTime]) -> list[AttentionTime]:
+    """In an order that has nothing to do with the grid: every other point is then like all of them."""
+    return [points[index] for index in np.random.default_rng(0).permutation(len(points))]
 
 
 def _non_negative(

@@ -265,8 +265,10 @@ def _load(path: Path) -> dict[str, Any]:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise ConfigError(f"{path} is larger than any such file ({MAX_FILE_BYTES >> 20} MiB)")
         value = yaml.load(path.read_text(), _Loader)  # noqa: S506 - a SafeLoader
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(f"{path} does not exist") from None
+    except PermissionError:
+        raise ConfigError(f"{path} may not be read") from None
     except IsADirectoryError:
         raise ConfigError(f"{path} is a folder, not a file") from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:

@@ -111,8 +111,8 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                 if number > MAX_REQUESTS:
                     raise DataError(f"{path} has more than {MAX_REQUESTS:,} lines")
                 yield number, line.decode("utf-8").strip()
-    except (FileNotFoundError, IsADirectoryError):
-        raise DataError(f"{path} does not exist or is not a file") from None
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError):
+        raise DataError(f"{path} does not exist or is no file that can be read") from None
     except UnicodeDecodeError:
         raise DataError(f"{path}, line {number} is not text; {FORMATS}") from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
