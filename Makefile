@@ -19,7 +19,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export PREFECT_HOME ?= $(CURDIR)/.prefect
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: run sweep scenario test lint format up down ui serve report bench clean help
+.PHONY: run sweep scenario test lint format up down ui serve report bench bench-planner clean help
 
 run: $(VENV)/.installed
 	@$(BIN)/trunkline run $(if $(DATASET),--dataset "$(DATASET)") $(if $(RECIPE),--recipe "$(RECIPE)") $(if $(SMOKE),--smoke) $(foreach s,$(SET),--set "$(s)")
@@ -60,6 +60,9 @@ ui: $(VENV)/.installed
 
 bench: $(VENV)/.installed-test
 	@$(BIN)/python -m benchmarks
+
+bench-planner: $(VENV)/.installed-test
+	@$(BIN)/python -m benchmarks.planner
 
 clean:
 	rm -rf $(VENV) .cache .trunkline .prefect mlflow.db mlartifacts artifacts/data artifacts/subsets artifacts/pretrain \

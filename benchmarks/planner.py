@@ -283,12 +283,12 @@ def check_saturation(trace: Trace) -> tuple[Check, list[str]]:
     bench, model = Bench(SETS[CHOSEN]), read_model("llama3-70b")
     rows = ["| model | DOP | partition | tokens/s | mean batch | TBT, ms |", "|---|---|---|---|---|---|"]
     found: dict[tuple[int, int], Figures] = {}
-    sweep = [("llama3-70b", (2, 2), "head"), ("llama3-70b", (2, 4), "head"), ("llama3-70b", (2, 6), "head"),
-             ("llama3-70b", (2, 6), "request"), ("llama3-70b", (2, 8), "head"), ("llama3-70b", (4, 4), "head"),
-             ("llama3-70b", (4, 8), "head"), *(("llama-65b", (2, b), "head") for b in (2, 4, 6, 8))]  # fmt: skip
+    large, small = "llama3-70b", "llama-65b"
+    sweep = [(large, dop, "head") for dop in ((2, 2), (2, 4), (2, 6), (2, 8), (4, 4), (4, 8))]
+    sweep += [(large, (2, 6), "request"), *((small, (2, b), "head") for b in (2, 4, 6, 8))]
     for name, (a, b), partition in sweep:
         figures = bench.run(trace, read_model(name), bench.lamina(a, b, 2, partition))
-        if name == "llama3-70b" and partition == "head":
+        if name == large and partition == "head":
             found[a, b] = figures
         rows.append(
             f"| {read_model(name).name} | ({a}, {b}) | {partition} | {figures.tokens_per_s:,.0f} | "
@@ -325,18 +325,16 @@ def run_cells(traces: dict[str, Trace], say: Callable[[str], None]) -> dict[str,
 
 
 def describe_sets(cells: dict[str, list[Cell]]) -> list[str]:
-    rows = [
-        "| set | mfu | mbu_w | vLLM reserve, GB/GPU | vLLM step, ms | link | gains | cells inside | mean B ratio | |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    names = ("set", "mfu", "mbu_w", "vLLM reserve, GB/GPU", "vLLM step, ms", "link", "gains", "cells inside")
+    rows = [f"| {' | '.join(names)} | mean B ratio | |", "|---" * 10 + "|"]
     for name, constants in SETS.items():
         gains = [cell.gain for cell in cells[name]]
         inside = sum(PAPER_GAIN[0] <= gain <= PAPER_GAIN[1] for gain in gains)
         ratio = sum(cell.batch_ratio for cell in cells[name]) / len(gains)
         rows.append(
             f"| {name} | {constants.mfu} | {constants.mbu_w} | {constants.vllm_reserve_gb:g} | "
-            f"{constants.vllm_step_ms:g} | {constants.link.upper()} | {min(gains):+.0%} to {max(gains):+.0%} | "
-            f"{inside} of {len(gains)} | {ratio:.2f} | {constants.origin} |"
+            f"{constants.vllm_step_ms:g} | {constants.link.upper()} | "
+            f"{min(gains):+.0%} to {max(gains):+.0%} | {inside} of {len(gains)} | {ratio:.2f} | {constants.origin} |"
         )
     return rows
 
@@ -353,10 +351,8 @@ def describe_cells(cells: dict[str, list[Cell]], missing: dict[str, str]) -> lis
 
 
 def describe_detail(cells: list[Cell], missing: dict[str, str]) -> list[str]:
-    rows = [
-        "| model, trace | vLLM tok/s, B, TBT ms | Lamina tok/s, B, TBT ms | gain | B ratio | $/M tokens, vLLM, Lamina |",
-        "|---|---|---|---|---|---|",
-    ]
+    names = ("model, trace", "vLLM tok/s, B, TBT ms", "Lamina tok/s, B, TBT ms", "gain", "B ratio")
+    rows = [f"| {' | '.join(names)} | $/M tokens, vLLM, Lamina |", "|---" * 6 + "|"]
     for cell in cells:
         both = [
             f"{f.tokens_per_s:,.0f}, {f.mean_batch:.{0 if f.mean_batch >= 10 else 1}f}, {f.tbt_mean_ms:.0f}"

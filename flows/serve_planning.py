@@ -130,7 +130,7 @@ def _progress(done: int, of: int) -> None:
 
 def describe(question: Question, found: Plan) -> list[str]:
     """The screen: what was asked, what was dropped, the Pareto set, the verdict."""
-    lines = [*_describe_question(question), "", *_describe_search(found), ""]
+    lines = [*describe_question(question), "", *describe_search(found), ""]
     if found.pareto:
         lines += ["Best set-ups, cheapest first (each is beaten by none in both cost and p99 of the time"]
         lines += ["between tokens); saturated; in brackets: all efficiencies 10 % lower and higher", ""]
@@ -146,7 +146,7 @@ def describe(question: Question, found: Plan) -> list[str]:
     return [*lines, "", *_wrap(found.verdict)]
 
 
-def _describe_question(question: Question) -> list[str]:
+def describe_question(question: Question) -> list[str]:
     model, trace, policy = question.model, question.trace, question.policy
     requests = min(len(trace), policy.search.requests)
     dates = sorted({device.price_date for device in question.hardware.devices.values()})
@@ -170,13 +170,13 @@ def _describe_question(question: Question) -> list[str]:
         "SLO": ", ".join(slos) or "none asked for",
         "prefill": prefill,
     }
-    lines = _wrap(f"SIMULATED, nothing here was measured. {question.basis}") + [""]
+    lines = [*_wrap(f"SIMULATED, nothing here was measured. {question.basis}"), ""]
     for name, text in facts.items():
         lines += _wrap(f"{name:<10} {text}", " " * 11)
     return lines
 
 
-def _describe_search(found: Plan) -> list[str]:
+def describe_search(found: Plan) -> list[str]:
     lines = [f"{found.tried} points tried, {found.simulated} simulated; dropped:"]
     lines += [
         f"  {count:>5}  {reason}" for reason, count in sorted(found.dropped.items(), key=lambda x: -x[1])
@@ -260,7 +260,8 @@ def _point(point: Point | None) -> dict[str, Any] | None:
     if point is None:
         return None
     set_up, judged = point.candidate.set_up, point.judged
-    assert judged and point.open_loop
+    assert judged is not None
+    assert point.open_loop is not None
     return {
         "label": point.candidate.label,
         "compute": {"device": set_up.compute_name, "count": set_up.a, "replicas": set_up.replicas},

@@ -144,7 +144,7 @@ def fit(measured: Measured, keep: Callable[[int], bool] = lambda index: True) ->
     wired = [point for index, point in enumerate(measured.wire) if keep(index)]
     wire = _non_negative([(1.0, float(p.bytes)) for p in wired], [p.seconds for p in wired])
     seen = [point for index, point in enumerate(_shuffled(measured.attention)) if keep(index)]
-    known = Fit({}, (0.0,) * 5, (wire[0], wire[1]), (0.0, 0.0))  # type: ignore[arg-type]
+    known = Fit({}, (0.0,) * 5, (wire[0], wire[1]), (0.0, 0.0))
     rest = [p.seconds - (known.wire_seconds(p.wire_bytes) if p.wire_bytes else 0.0) for p in seen]
     attention = _non_negative(
         [(1.0, float(p.rows), float(p.chunk_rows), float(p.tokens), float(p.pairs)) for p in seen],

@@ -264,7 +264,7 @@ def _load(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise ConfigError(f"{path} is larger than any such file ({MAX_FILE_BYTES >> 20} MiB)")
-        value = yaml.load(path.read_text(), _Loader)  # noqa: S506 - a SafeLoader
+        value = yaml.load(path.read_text(), _Loader)
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(f"{path} does not exist") from None
     except PermissionError:

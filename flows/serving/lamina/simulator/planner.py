@@ -254,8 +254,8 @@ def _impossible(model: Model, set_up: SetUp, policy: Policy) -> str:
 def link_slowdown(costs: Costs, rows: int, trace: Trace) -> float:
     """By how much the link's bandwidth prolongs an iteration.
 
-    Without rotation that is wire bytes over bandwidth over computing time: above alpha, the bandwidth is below
-    the minimum of spec 2. With rotation, moving bytes costs nothing while it hides behind other batches.
+    Without rotation that is wire bytes over bandwidth over computing time: above alpha, the bandwidth is
+    below the minimum of spec 2. With rotation, moving bytes costs nothing while other batches hide it.
     """
     cost = costs.iteration(rows, trace.live_context)
     attention_s = costs.token_s * rows / costs.pools * trace.live_context
@@ -293,5 +293,5 @@ def _check_lengths(model: Model, trace: Trace, policy: Policy) -> None:
     if policy.enforce_max_context and bool((longest > model.max_context).all()):
         raise ConfigError(
             f"every request of {trace.name} is longer than the {model.max_context} positions of "
-            f"{model.name}; take another model, or plan with dummies: `enforce_max_context: false` in the policy"
+            f"{model.name}; take another model, or in the policy `enforce_max_context: false` for dummies"
         )

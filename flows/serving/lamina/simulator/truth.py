@@ -101,7 +101,7 @@ def require_truth(path: Path) -> str:
         ) from None
     if not record.passed:
         raise GateFailed(
-            f"no prediction: the truth check {path} is off by {record.worst:.0%}, {TOLERANCE:.0%} are allowed; "
+            f"no prediction: the truth check {path} is off by {record.worst:.0%} (allowed: {TOLERANCE:.0%}); "
             f"repeat it on a quiet machine ({COMMAND}); --without-truth-check shows unchecked figures"
         )
     return record.describe(path)
