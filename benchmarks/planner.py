@@ -334,7 +334,8 @@ def describe_sets(cells: dict[str, list[Cell]]) -> list[str]:
         rows.append(
             f"| {name} | {constants.mfu} | {constants.mbu_w} | {constants.vllm_reserve_gb:g} | "
             f"{constants.vllm_step_ms:g} | {constants.link.upper()} | "
-            f"{min(gains):+.0%} to {max(gains):+.0%} | {inside} of {len(gains)} | {ratio:.2f} | {constants.origin} |"
+            f"{min(gains):+.0%} to {max(gains):+.0%} | {inside} of {len(gains)} | {ratio:.2f} | "
+            f"{constants.origin} |"
         )
     return rows
 

@@ -26,6 +26,7 @@ class CostPoint:
     kind: str
     usd: tuple[float, float, float]
     milliseconds: tuple[float, float, float]
+    joined: bool = True  # one of those that no other beats
 
 
 def costs(points: Sequence[CostPoint], format: Format = "png") -> bytes:
@@ -33,7 +34,7 @@ def costs(points: Sequence[CostPoint], format: Format = "png") -> bytes:
     figure = new_figure(8.6, 4.2)
     axes = figure.subplots()
     style_axes(axes, "", "p99 between tokens, ms", "$ per million tokens")
-    ordered = sorted(points, key=lambda point: point.milliseconds[0])
+    ordered = sorted((p for p in points if p.joined), key=lambda point: point.milliseconds[0])
     line = [p.milliseconds[0] for p in ordered], [p.usd[0] for p in ordered]
     axes.plot(*line, color=MUTED, linewidth=1.0, zorder=1)
     for index, kind in enumerate(dict.fromkeys(point.kind for point in points)):

@@ -8,6 +8,7 @@ from simulated_devices import NETWORK, USUAL, costs, device, lamina, policy, sma
 
 from flows.errors import ConfigError, DataError, GateFailed
 from flows.serve_planning import Question, describe, read_question, to_json
+from flows.serve_planning_page import write_page
 from flows.serving.lamina.simulator import planner, truth
 from flows.serving.lamina.simulator.inputs import Hardware
 
@@ -182,3 +183,14 @@ def test_mistakes_come_before_any_simulation(files_of_a_user):
 def test_a_record_holds_only_figures(value):
     with pytest.raises(ValueError, match="measured_tbt_ms"):
         record(measured_tbt_ms=value)
+
+
+def test_the_page_needs_nothing_from_elsewhere(tmp_path):
+    path = tmp_path / "plan.html"
+    found = plan(tbt_slo_ms=50.0, ttft_slo_ms=500.0)
+    write_page(path, question(), found)
+    text = path.read_text()
+    assert "simulated, nothing on this page was measured" in text
+    assert "<svg" in text
+    assert found.pareto[0].candidate.label in text
+    assert "http://" not in text.replace("http://www.w3.org/", "")
