@@ -78,8 +78,8 @@ CALIBRATION = Path("artifacts/lamina_calibration.json")
 ROWS = (1, 2, 4, 8, 16, 32)
 LARGE_ROWS = (128, 256, 512, 1024, 2048, 4096)
 CHUNKS = (16, 64, 127)
-LONGEST = 1024
-LARGE_BUDGET_S = 60.0
+LONGEST = 512
+LARGE_BUDGET_S = 20.0
 WIRE_BYTES = (128, 1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 18, 1 << 20, 1 << 22)
 OVERHEAD_REQUESTS = (1, 2, 3, 4, 6, 8, 12, 16)
 
@@ -172,7 +172,7 @@ class NoAttention:
 def grid(place: Place) -> list[tuple[Span, ...]]:
     """Decoding rows at equal contexts, prompt chunks, and both."""
     longest = min(LONGEST, place.bundle.manifest.max_context - 1)
-    contexts = sorted({max(8, longest // part) for part in (1, 2, 4, 8, 16, 64)})
+    contexts = sorted({max(8, longest // part) for part in (1, 2, 4, 8, 32)})
     points = [
         tuple(Span(slot, context) for slot in range(rows))
         for context in contexts
@@ -445,9 +445,9 @@ def workloads(longest: int) -> list[Workload]:
     generator = np.random.default_rng(7)
     found = []
     for name, requests, at_once, prompt, output in (
-        ("few, short", 12, 3, (0.02, 0.1), (0.1, 0.2)),
-        ("ten at once", 40, 10, (0.05, 0.4), (0.05, 0.3)),
-        ("many, long", 60, 24, (0.2, 0.6), (0.05, 0.3)),
+        ("few, short", 9, 3, (0.02, 0.1), (0.1, 0.2)),
+        ("ten at once", 24, 10, (0.05, 0.4), (0.05, 0.3)),
+        ("many, long", 40, 24, (0.2, 0.6), (0.05, 0.3)),
     ):
         lengths = [
             tuple(np.maximum(2, generator.uniform(*share, requests) * longest).astype(int).tolist())
