@@ -5,8 +5,9 @@
 Three parts, with the real slices and real attention workers in processes of their own. Parts of an iteration
 are timed over a grid of rows and contexts, all points in turns, so that a busy moment meets all alike.
 Loopback is timed with frames as large as the tensors. Short runs of the engine say what an iteration takes
-beyond its parts. Then the engine serves workloads that it was not calibrated on, the simulator replays the
-same, and mean time between tokens and throughput are compared: within 15 % each, or the check is not passed.
+beyond its parts; in turns with them the engine serves workloads that nothing is fitted to. The simulator
+replays those, and mean time between tokens and throughput are compared: within 15 % each, or the check is not
+passed. A busy machine gives fits that are far off, and then the check fails, as it should.
 Writes artifacts/lamina_calibration.json and artifacts/lamina_truth_check.json, which `trunkline plan serve`
 asks for. Exit code 10 if the check is not passed.
 """
@@ -410,26 +411,41 @@ def serve(place: Place, work: Workload) -> Served:
     return Served(gaps, sum(map(len, moments.values())), seconds, iterations)
 
 
-def measure_overhead(place: Place, fitted: Fit, measured: Measured) -> list[OverheadTime]:
-    """What an iteration of decoding rows takes beyond the parts, by the number of rows."""
-    found = []
-    for requests in OVERHEAD_REQUESTS:
-        if requests > place.settings.sched.max_requests:
-            break
-        work = Workload("overhead", (24,) * requests, (40,) * requests, requests)
-        costs = costs_of(place, fitted, measured, read_policy(None))
-        extra = [
-            seconds - costs.iteration(rows).seconds(costs.token_s * (attended - rows))
-            for rows, attended, seconds in serve(place, work).iterations
-            if rows == requests
-        ]
-        found.append(OverheadTime(rows=requests, seconds=statistics.fmean(_trimmed(extra))))
-    return found
+def measure_engine(
+    place: Place, repeats: int, works: Sequence[Workload]
+) -> tuple[dict[int, list[tuple[int, float]]], dict[str, list[Served]]]:
+    """Short runs for what an iteration takes beyond its parts, and the workloads to be foretold, in turns.
+
+    Returns:
+        Keys attended and seconds of iterations in which so many rows decoded; the runs of each workload.
+    """
+    around: dict[int, list[tuple[int, float]]] = defaultdict(list)
+    runs: dict[str, list[Served]] = defaultdict(list)
+    limit = place.settings.sched.max_requests
+    for _ in range(repeats):
+        for requests in [size for size in OVERHEAD_REQUESTS if size <= limit]:
+            served = serve(place, Workload("overhead", (24,) * requests, (32,) * requests, requests))
+            around[requests] += [(keys, s) for rows, keys, s in served.iterations if rows == requests]
+        for work in works:
+            runs[work.name].append(serve(place, work))
+    return around, runs
 
 
-def _trimmed(values: list[float]) -> list[float]:
-    """Without the largest twentieth: a moment in which the machine did something else."""
-    return sorted(values)[: max(1, len(values) * 19 // 20)]
+def find_overhead(
+    place: Place, measured: Measured, around: dict[int, list[tuple[int, float]]]
+) -> list[OverheadTime]:
+    """What is left of the short runs' iterations without their parts, on average."""
+    costs = costs_of(place, fit(measured), measured, read_policy(None))
+    return [
+        OverheadTime(
+            rows=rows,
+            seconds=statistics.fmean(
+                seconds - costs.iteration(rows).seconds(costs.token_s * (keys - rows))
+                for keys, seconds in iterations
+            ),
+        )
+        for rows, iterations in around.items()
+    ]
 
 
 def costs_of(place: Place, fitted: Fit, measured: Measured, policy: Policy) -> MeasuredCosts:
@@ -469,12 +485,13 @@ def simulate(place: Place, fitted: Fit, measured: Measured, work: Workload) -> F
     return summarise(replay(work.trace, costs, saturated=False))
 
 
-def compare(place: Place, fitted: Fit, measured: Measured, repeats: int) -> list[truth.Comparison]:
-    """Each workload `repeats` times; the median run counts."""
-    longest = min(LONGEST, place.bundle.manifest.max_context - 1)
-    found = []
-    for work in workloads(longest):
-        runs = sorted((serve(place, work) for _ in range(repeats)), key=lambda run: run.seconds)
+def compare(
+    place: Place, measured: Measured, works: Sequence[Workload], served: dict[str, list[Served]]
+) -> list[truth.Comparison]:
+    """Of each workload the median run."""
+    found, fitted = [], fit(measured)
+    for work in works:
+        runs = sorted(served[work.name], key=lambda run: run.seconds)
         run = runs[len(runs) // 2]
         figures = simulate(place, fitted, measured, work)
         assert figures.tbt_mean_ms is not None
@@ -518,21 +535,20 @@ def host() -> str:
     return f"{processor_name()}, {len(os.sched_getaffinity(0))} cores, {platform.system()}"
 
 
-def calibrate(place: Place, rounds: int) -> Measured:
+def measure_machine(place: Place, rounds: int) -> Measured:
+    """All parts; what lies around them is not known yet."""
     manifest, cluster = place.bundle.manifest, place.settings.cluster
     programs, attention = measure_parts(place, rounds)
-    programs += measure_large(place)
-    measured = Measured(
+    return Measured(
         format=1, kind="lamina simulator", host=host(),
         date=datetime.datetime.now(datetime.UTC).replace(microsecond=0),
         versions={module.__name__: module.__version__ for module in (torch, onnxruntime, np)},
         bundle=manifest.name, bundle_sha256=files.sha256_file(place.bundle.folder / MANIFEST),
         layers=manifest.layers, split=place.slices.split, workers=cluster.attention_workers,
-        partition=cluster.partition, programs=programs, attention=attention,
+        partition=cluster.partition, programs=[*programs, *measure_large(place)], attention=attention,
         wire=measure_wire() if cluster.attention_workers else [],
-        overhead=[OverheadTime(rows=1, seconds=0.0), OverheadTime(rows=2, seconds=0.0)],
+        overhead=[OverheadTime(rows=rows, seconds=0.0) for rows in (1, 2)],
     )  # fmt: skip
-    return measured.model_copy(update={"overhead": measure_overhead(place, fit(measured), measured)})
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -547,7 +563,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--partition", choices=("head", "request"), default="head")
     parser.add_argument("--split", action="store_true", help="Q leaves before K and V are computed")
     parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--repeats", type=int, default=3, help="of each workload; the median counts")
+    parser.add_argument("--repeats", type=int, default=5, help="of each workload; the median counts")
     parser.add_argument("--calibration", type=Path, default=CALIBRATION)
     parser.add_argument("--truth-check", type=Path, default=truth.DEFAULT_RECORD)
     arguments = parser.parse_args(argv)
@@ -558,13 +574,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         bundle = read_bundle(arguments.bundle)
         with opened(bundle, arguments.workers, arguments.partition, arguments.split) as place:
-            measured = calibrate(place, arguments.rounds)
-            files.write_text(arguments.calibration, measured.model_dump_json(indent=1) + "\n")
-            fitted = fit(measured)
-            print(f"{host()}; load average {os.getloadavg()[0]:.1f}\n{arguments.calibration}: measured\n")
-            print("\n".join(describe_errors(held_out_errors(measured))), flush=True)
-            print(f"\n{describe_fit(fitted)}\n", flush=True)
-            comparisons = compare(place, fitted, measured, arguments.repeats)
+            works = workloads(min(LONGEST, bundle.manifest.max_context - 1))
+            measured = measure_machine(place, arguments.rounds)
+            around, served = measure_engine(place, arguments.repeats, works)
+            measured = measured.model_copy(update={"overhead": find_overhead(place, measured, around)})
+            comparisons = compare(place, measured, works, served)
+        files.write_text(arguments.calibration, measured.model_dump_json(indent=1) + "\n")
+        print(f"{host()}; load average {os.getloadavg()[0]:.1f}\n{arguments.calibration}: measured\n")
+        print("\n".join([*describe_errors(held_out_errors(measured)), "", describe_fit(fit(measured)), ""]))
         record = truth.TruthCheck(
             format=1, host=host(), date=measured.date, bundle=measured.bundle,
             calibration_sha256=files.sha256_file(arguments.calibration),

@@ -152,7 +152,9 @@ def fit(measured: Measured, keep: Callable[[int], bool] = lambda index: True) ->
         [p.seconds for p in seen],
     )
     extra = [point for index, point in enumerate(measured.overhead) if keep(index)] or measured.overhead
-    overhead = _non_negative([(1.0, float(p.rows)) for p in extra], [max(0.0, p.seconds) for p in extra])
+    overhead = _non_negative(
+        [(1.0, float(p.rows)) for p in extra], [p.seconds for p in extra], [1.0] * len(extra)
+    )
     return Fit(
         {kind: tuple(points) for kind, points in programs.items()},
         tuple(attention),  # type: ignore[arg-type]
