@@ -188,6 +188,7 @@ class Engine:
         self._requests[submit.id] = request
         self.scheduler.waiting.append(request)
         self._send(Accepted(id=submit.id))
+        self.scheduler.admit(self.memory)  # the next one is not refused for a queue that nobody stands in
 
     def _refusal(self, request: Request) -> Rejected | None:
         vocabulary = self.slices.bundle.manifest.vocab_size

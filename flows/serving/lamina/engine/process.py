@@ -32,6 +32,7 @@ from flows.errors import ConfigError, DataError, TrunklineError, explain
 from flows.params import Lamina
 from flows.serving import session
 from flows.serving.lamina.attention.pool import Address, ModelShape
+from flows.serving.lamina.attention.pool import WorkerLost as WorkerLostError
 from flows.serving.lamina.attention.session import LayerSettings
 from flows.serving.lamina.attention.worker import read_token
 from flows.serving.lamina.engine import calibration
@@ -157,10 +158,15 @@ def prepare(
     micro_batches = settings.sched.micro_batches
     both = {split: opened(split) for split in (True, False) if wanted in ("auto", split)}
     invariant = workers.link.batch_invariant and all(map(slices_batch_invariant, both.values()))
-    found = calibration.measure(
-        key, both.get(True), both.get(False), workers, settings.sched.max_requests, invariant,
-        None if micro_batches == "auto" else micro_batches,
-    )  # fmt: skip
+    found = None
+    while found is None:
+        try:
+            found = calibration.measure(
+                key, both.get(True), both.get(False), workers, settings.sched.max_requests, invariant,
+                None if micro_batches == "auto" else micro_batches,
+            )  # fmt: skip
+        except WorkerLostError as error:
+            workers.reconnect(error, lambda: None)
     if file is not None:
         with suppress(OSError):  # the next start measures again
             calibration.write(file, found)
