@@ -591,7 +591,8 @@ def main(argv: list[str] | None = None) -> int:
         )  # fmt: skip
         files.write_text(arguments.truth_check, record.model_dump_json(indent=1) + "\n")
         print("\n".join(describe_comparisons(comparisons)))
-        print(f"\n{record.describe(arguments.truth_check)}: {'passed' if record.passed else 'NOT PASSED'}")
+        print(f"\n{record.describe(arguments.truth_check)}")
+        print("truth check passed" if record.passed else "truth check NOT PASSED")
         return 0 if record.passed else GateFailed.exit_code
     except TrunklineError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -34,7 +34,7 @@ from flows.serving.lamina.simulator.traces import Trace, read_trace
 
 WIDTH = 100
 SHOWN = 12
-UNCHECKED = "NOT CHECKED against anything that was measured: no truth check of the simulator on this machine"
+UNCHECKED = "NOT CHECKED: the simulator was not compared with anything that was measured"
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def describe_question(question: Question) -> list[str]:
         "SLO": ", ".join(slos) or "none asked for",
         "prefill": prefill,
     }
-    lines = [*_wrap(f"SIMULATED, nothing here was measured. {question.basis}"), ""]
+    lines = [*_wrap(f"SIMULATED: no figure below was measured. {question.basis}"), ""]
     for name, text in facts.items():
         lines += _wrap(f"{name:<10} {text}", " " * 11)
     return lines

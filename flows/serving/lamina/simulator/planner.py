@@ -31,7 +31,7 @@ MARGIN = 1.3
 """A set-up whose closed form is worse than a simulated one by more than this in both figures is left out."""
 MEMORY, HEADS, ROOM = "weights do not fit", "more workers than heads of keys", "no room for keys and values"
 LINK, SLO, SLO_SIMULATED = (
-    "link too slow (spec 2)",
+    "link too slow for the batch",
     "SLO missed at the smallest batch",
     "SLO missed on the trace",
 )

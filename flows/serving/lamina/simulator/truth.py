@@ -67,7 +67,8 @@ class TruthCheck(Input):
 
     def describe(self, path: Path) -> str:
         return (
-            f"truth check {path} (sha256 {files.sha256_file(path)[:12]}, {self.date:%Y-%m-%d}, {self.host}): "
+            f"The simulator itself was compared with what was measured: {path} "
+            f"(sha256 {files.sha256_file(path)[:12]}, {self.date:%Y-%m-%d}, {self.host}): "
             f"{len(self.comparisons)} runs of {self.engine}, furthest off {self.worst:.1%} of {TOLERANCE:.0%}"
         )
 

@@ -49,7 +49,12 @@ def policy(**changes):
 
 
 def lamina(a=1, b=2, n=1, partition="head", **changes):
-    memory = device(memory_gb=changes.pop("memory_gb", 4.0), tflops=20.0, price_per_hour=0.5)
+    memory = device(
+        memory_gb=changes.pop("memory_gb", 4.0),
+        memory_gb_s=changes.pop("memory_gb_s", 1000.0),
+        tflops=20.0,
+        price_per_hour=0.5,
+    )
     return SetUp("big", device(), a, "small", memory, b, n, partition, **changes)
 
 

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+from dataclasses import replace
 
 import pytest
 from simulated_devices import NETWORK, USUAL, costs, device, lamina, policy, small_model, trace
@@ -56,6 +57,16 @@ def test_attention_elsewhere_wins_where_memory_is_cheap_and_loses_where_it_is_de
     dear = plan(hardware(price_per_hour=50.0))
     assert dear.verdict.startswith("Do not disaggregate: with attention elsewhere a token costs ")
     assert dear.pareto[0].candidate.set_up.homogeneous
+
+
+def test_a_difference_within_the_intervals_is_called_so():
+    ours, theirs = plan(hardware(price_per_hour=50.0)), plan(hardware(price_per_hour=50.0))
+    assert "too close to call" not in ours.verdict
+    usd = theirs.homogeneous.judged.usd_per_million_tokens
+    wide = replace(usd, high=1e9)
+    judged = replace(theirs.homogeneous.judged, usd_per_million_tokens=wide)
+    ours.homogeneous = replace(theirs.homogeneous, judged=judged)
+    assert ours.verdict.endswith("too close to call without measured efficiencies.")
 
 
 def test_reasons_are_counted():
@@ -114,7 +125,7 @@ def test_the_screen_says_simulated_names_dates_and_fits():
     lines = describe(asked, found)
     assert max(map(len, lines)) <= 100
     text = "\n".join(lines)
-    assert lines[0].startswith("SIMULATED, nothing here was measured. NOT CHECKED")
+    assert lines[0].startswith("SIMULATED: no figure below was measured. NOT CHECKED")
     assert "of 2026-01-01" in text
     assert found.verdict.split(":")[0] in text
     assert found.pareto[0].candidate.label in text

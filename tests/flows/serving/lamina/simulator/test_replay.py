@@ -84,7 +84,9 @@ def test_jumps_between_events_give_what_single_steps_give(work, gaps, windows, n
     arrivals = np.cumsum(gaps[: len(work)])
     arrivals -= arrivals[0]
     chosen = costs(
-        lamina(1, 2, n, memory_gb=memory_gb), small_model(windows=windows), max_requests=max_requests
+        lamina(1, 2, n, memory_gb=memory_gb, memory_gb_s=5.0),  # attention is most of an iteration
+        small_model(windows=windows),
+        max_requests=max_requests,
     )
     record = replay(trace(work, arrivals), chosen, saturated=False)
     first, finished, seconds = token_by_token(work, chosen, max_requests, arrivals, False, 0)
@@ -102,7 +104,8 @@ def test_jumps_between_events_give_what_single_steps_give(work, gaps, windows, n
 def test_chunked_prompts_give_what_single_steps_give(work, gaps, max_rows, max_requests):
     arrivals = np.cumsum(gaps[: len(work)])
     arrivals -= arrivals[0]
-    chosen = costs(prefill="chunked", max_rows=max_rows, max_requests=max_requests)
+    slow = lamina(memory_gb_s=5.0)  # attention is most of an iteration
+    chosen = costs(slow, prefill="chunked", max_rows=max_rows, max_requests=max_requests)
     record = replay(trace(work, arrivals), chosen, saturated=False)
     first, finished, seconds = token_by_token(work, chosen, max_requests, arrivals, True, max_rows)
     assert [record.finished_s[i] for i in finished] == pytest.approx([finished[i] for i in finished])
@@ -189,6 +192,19 @@ def test_equal_input_gives_equal_bytes():
     ]
     assert runs[0] == runs[1]
     assert faults == random_losses(2, 0.001, 20.0, seed=5) != random_losses(2, 0.001, 20.0, seed=6)
+
+
+def test_gaps_between_tokens_are_counted_once_per_request():
+    """One request alone for 99 iterations, then 100 together for one that is longer."""
+    chosen = costs(lamina(memory_gb_s=5.0), max_requests=100)
+    work = trace([(10, 99), *[(1000, 1)] * 100], [0.0] + [1e-3] * 100)
+    record = replay(work, chosen, saturated=False)
+    seconds, rows = iteration_seconds(record.segments)
+    gaps = np.repeat(seconds, rows) * 1e3
+    figures = summarise(record)
+    assert figures.tbt_p50_ms == pytest.approx(np.sort(gaps)[len(gaps) // 2])
+    assert figures.tbt_p50_ms > 2 * np.median(seconds) * 1e3
+    assert figures.tbt_mean_ms == pytest.approx(gaps.mean())
 
 
 def test_what_is_refused_and_why():
