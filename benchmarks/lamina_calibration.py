@@ -8,8 +8,8 @@ Loopback is timed with frames as large as the tensors. Short runs of the engine 
 beyond its parts; in turns with them the engine serves workloads that nothing is fitted to. The simulator
 replays those, and mean time between tokens and throughput are compared: within 15 % each, or the check is not
 passed. A busy machine gives fits that are far off, and then the check fails, as it should.
-Writes artifacts/lamina_calibration.json and artifacts/lamina_truth_check.json, which `trunkline plan serve`
-asks for. Exit code 10 if the check is not passed.
+Writes artifacts/lamina_calibration.json, artifacts/lamina_truth_check.json, which `trunkline plan serve` asks
+for, and benchmarks/results/lamina_calibration.md. Exit code 10 if the check is not passed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 
-from flows import files, params
+from flows import environment, files, params
 from flows.errors import GateFailed, TrunklineError
 from flows.params import Lamina
 from flows.serving.lamina.attention.frames import FrameType, Header, NumberType
@@ -76,6 +76,7 @@ from flows.serving.measure import processor_name
 
 WORKER = "flows.serving.lamina.attention.worker"
 CALIBRATION = Path("artifacts/lamina_calibration.json")
+RESULTS = Path("benchmarks/results/lamina_calibration.md")
 ROWS = (1, 2, 4, 8, 16, 32)
 LARGE_ROWS = (128, 256, 512, 1024, 2048, 4096)
 CHUNKS = (16, 64, 127)
@@ -564,6 +565,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--split", action="store_true", help="Q leaves before K and V are computed")
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--repeats", type=int, default=5, help="of each workload; the median counts")
+    parser.add_argument("--dry-run", action="store_true", help=f"do not write {RESULTS}")
     parser.add_argument("--calibration", type=Path, default=CALIBRATION)
     parser.add_argument("--truth-check", type=Path, default=truth.DEFAULT_RECORD)
     arguments = parser.parse_args(argv)
@@ -571,6 +573,7 @@ def main(argv: list[str] | None = None) -> int:
         return echo()
     if arguments.bundle is None or arguments.rounds < 20:
         parser.error("a BUNDLE is needed, and at least 20 rounds")
+    environment.interrupt_on_sigterm()  # so that the workers are ended too
     try:
         bundle = read_bundle(arguments.bundle)
         with opened(bundle, arguments.workers, arguments.partition, arguments.split) as place:
@@ -580,8 +583,6 @@ def main(argv: list[str] | None = None) -> int:
             measured = measured.model_copy(update={"overhead": find_overhead(place, measured, around)})
             comparisons = compare(place, measured, works, served)
         files.write_text(arguments.calibration, measured.model_dump_json(indent=1) + "\n")
-        print(f"{host()}; load average {os.getloadavg()[0]:.1f}\n{arguments.calibration}: measured\n")
-        print("\n".join([*describe_errors(held_out_errors(measured)), "", describe_fit(fit(measured)), ""]))
         record = truth.TruthCheck(
             format=1, host=host(), date=measured.date, bundle=measured.bundle,
             calibration_sha256=files.sha256_file(arguments.calibration),
@@ -590,9 +591,31 @@ def main(argv: list[str] | None = None) -> int:
             comparisons=comparisons,
         )  # fmt: skip
         files.write_text(arguments.truth_check, record.model_dump_json(indent=1) + "\n")
-        print("\n".join(describe_comparisons(comparisons)))
-        print(f"\n{record.describe(arguments.truth_check)}")
-        print("truth check passed" if record.passed else "truth check NOT PASSED")
+        text = [
+            "# The simulator against this machine",
+            "",
+            f"`python -m benchmarks.lamina_calibration BUNDLE --workers {arguments.workers} --partition "
+            f"{arguments.partition}`",
+            "",
+            f"{host()}; load average at the end {os.getloadavg()[0]:.1f}; {measured.bundle}, "
+            f"{measured.layers} layers, {record.engine}",
+            "",
+            "Fits, on points that they have not seen:",
+            "",
+            *describe_errors(held_out_errors(measured)),
+            "",
+            *(f"- {line}" for line in describe_fit(fit(measured)).splitlines()),
+            "",
+            f"Engine, measured, and its simulation; of {arguments.repeats} runs the median:",
+            "",
+            *describe_comparisons(comparisons),
+            "",
+            f"Truth check {'passed' if record.passed else 'NOT PASSED'}: furthest off {record.worst:.1%}, "
+            f"{truth.TOLERANCE:.0%} are allowed.",
+        ]
+        print("\n".join(text))
+        if not arguments.dry_run:
+            files.write_text(RESULTS, "\n".join(text) + "\n")
         return 0 if record.passed else GateFailed.exit_code
     except TrunklineError as error:
         print(f"error: {error}", file=sys.stderr)
