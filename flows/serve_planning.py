@@ -177,7 +177,10 @@ def describe_question(question: Question) -> list[str]:
 
 
 def describe_search(found: Plan) -> list[str]:
-    lines = [f"{found.tried} points tried, {found.simulated} simulated; dropped:"]
+    lines = []
+    if found.too_long:
+        lines += [f"{found.too_long} requests are longer than the model's positions and were left out", ""]
+    lines += [f"{found.tried} points tried, {found.simulated} simulated; dropped:"]
     lines += [
         f"  {count:>5}  {reason}" for reason, count in sorted(found.dropped.items(), key=lambda x: -x[1])
     ]
@@ -246,6 +249,7 @@ def to_json(question: Question, found: Plan) -> dict[str, Any]:
             "hours_between_losses": question.hours_between_losses,
             "seed": question.seed,
         },
+        "too_long": found.too_long,
         "tried": found.tried,
         "simulated": found.simulated,
         "dropped": dict(sorted(found.dropped.items())),

@@ -72,6 +72,7 @@ class Point:
 
 @dataclass
 class Plan:
+    too_long: int = 0  # requests that the model has no positions for; they are left out
     tried: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     simulated: int = 0
@@ -123,8 +124,8 @@ def plan(
         ConfigError: no request of the trace is short enough for the model.
     """
     trace = trace.first(policy.search.requests)
-    _check_lengths(model, trace, policy)
-    found = Plan()
+    asked, trace = len(trace), _short_enough(model, trace, policy)
+    found = Plan(too_long=asked - len(trace))
     candidates: list[tuple[float, float, Candidate]] = []
     for set_up in enumerate_set_ups(hardware, policy):
         for candidate, reason in _candidates(model, trace, set_up, network, policy):
@@ -288,10 +289,14 @@ def _judged(
     return replace(point, judged=judged, open_loop=summarise(pace))
 
 
-def _check_lengths(model: Model, trace: Trace, policy: Policy) -> None:
-    longest = trace.prompt + trace.output
-    if policy.enforce_max_context and bool((longest > model.max_context).all()):
+def _short_enough(model: Model, trace: Trace, policy: Policy) -> Trace:
+    """Requests that the model has positions for."""
+    fits = trace.prompt + trace.output <= model.max_context
+    if not policy.enforce_max_context or bool(fits.all()):
+        return trace
+    if not fits.any():
         raise ConfigError(
             f"every request of {trace.name} is longer than the {model.max_context} positions of "
             f"{model.name}; take another model, or in the policy `enforce_max_context: false` for dummies"
         )
+    return Trace(trace.name, trace.arrival_s[fits], trace.prompt[fits], trace.output[fits])

@@ -8,7 +8,7 @@ import pytest
 from simulated_devices import NETWORK, USUAL, costs, device, lamina, policy, small_model, trace
 
 from flows.errors import ConfigError, DataError, GateFailed
-from flows.serve_planning import Question, describe, read_question, to_json
+from flows.serve_planning import Question, describe, describe_search, read_question, to_json
 from flows.serve_planning_page import write_page
 from flows.serving.lamina.simulator import planner, truth
 from flows.serving.lamina.simulator.inputs import Hardware
@@ -105,6 +105,10 @@ def test_the_link_has_to_have_the_bandwidth_of_section_2():
 def test_traces_that_are_too_long_are_refused():
     with pytest.raises(ConfigError, match="longer than the 100 positions"):
         planner.plan(small_model(max_context=100), WORK, hardware(), NETWORK, policy(search=SEARCH))
+    some = planner.plan(small_model(max_context=500), WORK, hardware(), NETWORK, policy(search=SEARCH))
+    assert some.too_long == (WORK.prompt + WORK.output > 500).sum() > 0
+    assert some.pareto[0].figures.requests == 120 - some.too_long
+    assert any(line.startswith(f"{some.too_long} requests are longer") for line in describe_search(some))
 
 
 # --- what the user sees
