@@ -89,6 +89,22 @@ def test_a_client_that_goes_away_cancels_its_stream(server: Running, engine: Fak
     wait_until(lambda: server.service.in_flight == 0 and server.service.link.open_calls == 0)
 
 
+def test_a_client_that_went_away_while_the_engine_was_dead_is_told_to_the_next_one(
+    server: Running, engine: FakeEngine
+) -> None:
+    engine.script.reply, engine.script.free, engine.script.first = server.ids(TEXT), False, 3
+    stream = Stream(server)
+    stream.read_until(TEXT[:3])
+    engine.kill()
+    wait_until(lambda: not server.service.link.is_alive)
+    stream.close()
+    wait_until(lambda: server.service.in_flight == 0)
+    engine.start()
+    engine.wait_for(Cancel)
+    wait_until(lambda: server.service.link.open_calls == 0)
+    assert [request.sent for request in engine.requests.values()] == [3]
+
+
 @pytest.mark.parametrize("first", [0, 2])
 def test_a_client_that_goes_away_cancels_an_answer_that_is_not_streamed(
     server: Running, engine: FakeEngine, first: int
