@@ -39,6 +39,7 @@ from flows.serving.lamina.requests import (
     ToEngine,
     TokenEvent,
     WorkerLost,
+    WorkersMoved,
     decode_from_engine,
     encode,
 )
@@ -116,6 +117,7 @@ class EngineLink:
         self._usable = asyncio.Event()  # connected, and the engine takes requests
         self._metrics_asked: asyncio.Future[str] | None = None
         self._metrics_text = ""
+        self._moved: WorkersMoved | None = None  # the last one: an engine that comes back needs it, too
         self.heartbeat: Heartbeat | None = None  # of this connection
         self.connections = 0
 
@@ -182,6 +184,10 @@ class EngineLink:
     def drain(self) -> None:
         self._send(Drain())
 
+    def move_workers(self, message: WorkersMoved) -> None:
+        self._moved = message
+        self._send(message)
+
     async def metrics_text(self) -> str:
         """The engine's series; the last ones known if it does not answer in time."""
         if self._connection is None:
@@ -219,6 +225,8 @@ class EngineLink:
         heard = False
         self._connection = connection
         self.connections += 1
+        if self._moved is not None:
+            self._send(self._moved)
         try:
             while (message := await _read(connection.reader)) is not None:
                 self._handle(message)

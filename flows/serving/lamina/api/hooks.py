@@ -10,16 +10,20 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from flows.errors import TrunklineError
+from flows.serving.lamina.requests import WorkersMoved
 
 
 class Running(Protocol):
-    """The server while it runs. Both methods may be called from any thread, and more than once."""
+    """The server while it runs. Its methods may be called from any thread, and more than once."""
 
     def drain(self) -> None:
         """As SIGTERM: admit nothing more, finish what was admitted, end. Called again: end at once."""
 
     def fail(self, error: TrunklineError) -> None:
         """End now; `serve` raises this. For an engine that cannot load its bundle."""
+
+    def tell(self, message: WorkersMoved) -> None:
+        """Pass this on to the engine, and to every connection after this one."""
 
 
 def _nothing(*_: object) -> None:

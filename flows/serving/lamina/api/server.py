@@ -31,6 +31,7 @@ from flows.serving.lamina.api.gateway import ApiKey, read_api_key
 from flows.serving.lamina.api.hooks import Hooks
 from flows.serving.lamina.api.service import Service
 from flows.serving.lamina.api.texts import Texts
+from flows.serving.lamina.requests import WorkersMoved
 from flows.serving.lamina.slices.bundle import Bundle
 from flows.serving.listening import listening_socket
 
@@ -117,6 +118,7 @@ class Server(uvicorn.Server):
         self.error: BaseException | None = None
         self._service = service
         self._asked = 0  # to stop
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._drain_until: float | None = None
         self._link: asyncio.Task[None] | None = None
 
@@ -130,12 +132,17 @@ class Server(uvicorn.Server):
         self.error = self.error or error
         self._service.draining = self.should_exit = self.force_exit = True
 
+    def tell(self, message: WorkersMoved) -> None:
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._service.link.move_workers, message)
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.drain()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._link = asyncio.create_task(self._service.link.run())
         await super().startup(sockets)
+        self._loop = asyncio.get_running_loop()
         self._service.hooks.on_started(self)
 
     async def on_tick(self, counter: int) -> bool:

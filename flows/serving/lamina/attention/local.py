@@ -26,6 +26,8 @@ class LocalLink:
     def send(
         self, header: Header, payload: bytes | bytearray | memoryview = b"", timeout_s: float = 10.0
     ) -> None:
+        if isinstance(payload, bytes):  # what a socket reads into can be written to, too
+            payload = bytearray(payload)
         frame = Frame(header, payload)
         if header.type is FrameType.HELLO:
             self._session.enter_epoch(header.epoch)
