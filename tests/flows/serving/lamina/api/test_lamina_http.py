@@ -22,7 +22,7 @@ from flows.errors import ConfigError, DataError, ResourceError
 from flows.serving.lamina.api.gateway import read_api_key
 from flows.serving.lamina.api.hooks import Hooks
 from flows.serving.lamina.api.metrics import Metrics
-from flows.serving.lamina.requests import Cancel, Drain, Heartbeat, Submit, WorkerLost
+from flows.serving.lamina.requests import Cancel, Drain, Heartbeat, Submit, WorkerLost, WorkersMoved
 
 ASKED = {"model": "tiny", "prompt": "x", "max_tokens": 400}
 TEXT = "A quick brown fox"
@@ -195,6 +195,17 @@ def test_the_supervisor_hears_of_lost_workers_and_of_a_silent_engine(
         engine.kill()
         engine.start()  # it accepts, and stays silent
         wait_until(lambda: silent == [1, 1, 1])
+
+
+def test_the_engine_hears_of_workers_that_moved_and_so_does_the_next_one(
+    server: Running, engine: FakeEngine
+) -> None:
+    moved = WorkersMoved(addresses=(("127.0.0.1", 4001), ("10.0.0.2", 4002)))
+    server.server.tell(moved)
+    assert engine.wait_for(WorkersMoved) == [moved]
+    engine.kill()
+    engine.start()
+    assert engine.wait_for(WorkersMoved, 2) == [moved, moved]
 
 
 def test_a_process_that_is_gone_is_not_called_silent(
