@@ -18,7 +18,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -133,8 +133,9 @@ class Server(uvicorn.Server):
         self._service.draining = self.should_exit = self.force_exit = True
 
     def tell(self, message: WorkersMoved) -> None:
-        if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._service.link.move_workers, message)
+        with suppress(RuntimeError):  # the loop has ended, and the engine with it
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(self._service.link.move_workers, message)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.drain()
