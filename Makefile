@@ -1,4 +1,4 @@
-# make run            the whole pipeline on real images, with embedded services
+# make run            the whole pipeline on real images, with embedded services (SET=objective=causal_lm: on texts)
 # make test           all tests
 # make scenario       a night of operations with real servers, in a temporary clone
 # make lint           format, style, types, import directions
@@ -21,7 +21,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: run sweep scenario test lint format up down ui serve report bench clean help
 
-run: $(VENV)/.installed
+run: $(VENV)/.installed $(if $(findstring causal_lm,$(SET)),$(VENV)/.installed-language)
 	@$(BIN)/trunkline run $(if $(DATASET),--dataset "$(DATASET)") $(if $(RECIPE),--recipe "$(RECIPE)") $(if $(SMOKE),--smoke) $(foreach s,$(SET),--set "$(s)")
 
 sweep: $(VENV)/.installed
@@ -63,7 +63,8 @@ bench: $(VENV)/.installed-test
 
 clean:
 	rm -rf $(VENV) .cache .trunkline .prefect mlflow.db mlartifacts artifacts/data artifacts/subsets artifacts/pretrain \
-	  artifacts/finetune artifacts/evaluate artifacts/export artifacts/parity artifacts/receipts artifacts/report.html
+	  artifacts/finetune artifacts/evaluate artifacts/export artifacts/parity artifacts/receipts artifacts/report.html \
+	  artifacts/text artifacts/language_pretrain artifacts/language_evaluate artifacts/language_export
 
 help:
 	@sed -n '/^$$/q; s/^# //p' Makefile
@@ -75,6 +76,10 @@ $(VENV)/bin/python:
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.installed-language: $(VENV)/.installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[language]'
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed

@@ -21,6 +21,7 @@ from flows.serving.package import ModelPackage
 from flows.serving.traffic import TrafficRecorder, is_recorded
 from flows.serving.vision.model import Release
 from flows.serving.vision.service import VisionService
+from flows.text.sources import source_name
 
 
 def serve_registered(
@@ -128,6 +129,22 @@ def dataset_name(params: Params) -> str:
     """Name of the data set in this workspace, which decides the registered model's name."""
     manifest = paths.DATA / "manifest.json"
     return str(files.read_json(manifest)["name"]) if manifest.is_file() else params.ingest.dataset
+
+
+def language_model_name(params: Params) -> str:
+    """Name of the registered model of this workspace's text."""
+    manifest = paths.TEXT / "manifest.json"
+    if manifest.is_file():
+        return params.registered_language_model(str(files.read_json(manifest)["name"]))
+    settings = params.ingest_text
+    return params.registered_language_model(source_name(settings.dataset, Path(settings.source)))
+
+
+def default_model(params: Params) -> str:
+    """Name of the registered model that `objective` is about."""
+    if params.objective == "causal_lm":
+        return language_model_name(params)
+    return params.registered_model(dataset_name(params))
 
 
 def find(params: Params, name: str, alias: str, version: str) -> Version:

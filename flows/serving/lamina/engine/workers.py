@@ -78,9 +78,10 @@ class Workers:
             self._addresses = [("this process", 0)]
             limit = settings.kv.mb_per_worker << 20
             self._connect = dial_local(Session(limit, settings.cluster.worker_threads))
-        wanted = settings.cluster.attention_workers or 1
+        self.parity = settings.kv.redundancy == "parity"
+        wanted = (settings.cluster.attention_workers or 1) + self.parity
         if wanted > len(self._addresses):
-            raise DataError(f"{len(self._addresses)} attention workers at hand, {wanted} are asked for")
+            raise DataError(f"{len(self._addresses)} attention workers at hand, {wanted} are needed")
         self._wanted = wanted
         self.assigned: list[Address | None] = list(self._addresses[:wanted])
         self._last_lost: dict[Address, float] = {}
@@ -92,7 +93,7 @@ class Workers:
         self._stores: list[str] = []  # of the connections before: what each worker called its pages
         self._kept: list[bool] = []  # whether it still has them
         self._opening = 0  # worker that is being connected
-        self._divide(wanted)
+        self._divide(wanted - self.parity)
 
     @property
     def up(self) -> list[bool]:
@@ -184,7 +185,8 @@ class Workers:
                 self.assigned[worker] = found.pop(0)
         else:
             self.assigned = [*(a for a in self.assigned if a is not None), *found]
-            self._divide(self._wanted)
+            self.parity = self.settings.kv.redundancy == "parity"
+            self._divide(self._wanted - self.parity)
             change.rebuilt = True
         try:
             self._open(PROBE_S)
@@ -244,6 +246,7 @@ class Workers:
             connect_timeout_s=timeout_s,
             dial=connect,
             seconds_per_work=usual,
+            with_parity=self.parity,
         )
         # against the last connections to all, not the last answer: a successor may have been configured by an
         # attempt that failed at another worker, and a spare may have pages of a time before
@@ -274,6 +277,7 @@ class Workers:
         if not impatient or not alive:
             return False
         self.assigned = list(alive)
+        self.parity = False  # better all memory for what runs
         self._divide(len(alive))
         change.rebuilt = True
         return True
