@@ -172,7 +172,7 @@ def measure_round_trip() -> list[str]:
                         pool.plan(RowTable(spans, deltas), iteration)
                         pool.ping(0)  # the plan is not part of the layer
                         began = time.perf_counter()
-                        pool.attend(0, q, iteration)
+                        pool.send_q(0, q, iteration)
                         pool.kv(0, k, v, iteration)
                         took.append(time.perf_counter() - began)
                     p50, p95 = np.percentile(took, [50, 95]) * 1e6

@@ -156,6 +156,42 @@ def serve_vision(
     serve_registered(params.load(), model, alias, version, overrides)
 
 
+@serve_app.command("language")
+def serve_language(
+    bundle: Annotated[
+        Path | None, typer.Argument(metavar="BUNDLE", help="folder that `export language` wrote")
+    ] = None,
+    model: Annotated[str, typer.Option(help="registered model, instead of BUNDLE")] = "",
+    alias: Annotated[str, typer.Option(help="which version of the model: its alias")] = "champion",
+    version: Annotated[str, typer.Option(help="which version: its number, instead of an alias")] = "",
+    attention_workers: Annotated[
+        int, typer.Option(help="processes that keep keys and values; 0: none; -1: params.yaml")
+    ] = -1,
+    spares: Annotated[int, typer.Option(help="further ones that stand by; -1: params.yaml")] = -1,
+    partition: Annotated[str, typer.Option(help="head, request or sequence; empty: params.yaml")] = "",
+    host: Annotated[str, typer.Option(help="address to listen on; empty: params.yaml")] = "",
+    port: Annotated[int, typer.Option(help="port, 0: any free one; -1: params.yaml")] = -1,
+    cluster: Annotated[
+        Path | None, typer.Option(help="file that says on which hosts attention workers run (docs/lamina.md)")
+    ] = None,
+    set_: Annotated[list[str], typer.Option("--set", help="key=value, may be repeated")] = [],  # noqa: B006
+) -> None:
+    """Serve a language model over HTTP (OpenAI's API), its attention in processes of their own."""
+    from flows.lamina import Registered, serve_language
+
+    if (bundle is None) == (not model):
+        raise ConfigError("give the folder of a bundle, or --model with the name of a registered model")
+    given = {
+        "cluster.attention_workers": attention_workers,
+        "cluster.spares": spares,
+        "cluster.partition": partition,
+        "http.host": host,
+        "http.port": port,
+    }
+    flags = {key: value for key, value in given.items() if value not in ("", -1)}
+    serve_language(bundle or Registered(model, alias, version), set_, flags, cluster)
+
+
 @plan_app.command("train")
 def plan_train(
     model: Annotated[str, typer.Option(help="backbone; empty: model.backbone of params.yaml")] = "",

@@ -34,10 +34,11 @@ def serve_registered(
         DataError: no such model, alias or version, or its files are not those that were registered.
         ResourceError: the port is taken or a provider is missing.
     """
-    from flows.serving.vision.server import listening_socket, serve
+    from flows.serving.listening import listening_socket
+    from flows.serving.vision.server import serve
 
     settings = override(params.serve, overrides)
-    with listening_socket(settings.host, settings.port):
+    with listening_socket(settings.host, settings.port, "serve"):
         pass  # an occupied port is reported before anything is fetched
     found = find(params, model or params.registered_model(dataset_name(params)), alias, version)
 

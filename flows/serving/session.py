@@ -148,11 +148,13 @@ def open_runtime(
     providers: list[str],
     threads: int,
     initializers: Mapping[str, NDArray[Any]] | None = None,
+    spin: bool = True,
 ) -> onnxruntime.InferenceSession:
     """The bare session of a graph with any inputs and outputs, on exactly the providers asked for.
 
     Args:
         initializers: values for weights that the file keeps outside. They are not copied.
+        spin: idle threads wait for work without sleeping. False where other processes need the cores.
 
     Raises:
         ConfigError, ResourceError, DataError: as `open_session`.
@@ -169,6 +171,7 @@ def open_runtime(
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
     options.log_severity_level = 4  # its warnings come back as errors below
     if initializers:
         values = [onnxruntime.OrtValue.ortvalue_from_numpy(value) for value in initializers.values()]

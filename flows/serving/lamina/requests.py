@@ -23,6 +23,9 @@ MAX_ALTERNATIVES = 20
 
 RequestId = Annotated[str, Field(min_length=1, max_length=128)]
 Seconds = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+WorkerAddress = Annotated[
+    tuple[Annotated[str, Field(min_length=1)], Annotated[int, Field(ge=1, le=65535)]], Field(strict=False)
+]
 Token = Annotated[int, Field(ge=0, lt=1 << 31)]
 
 
@@ -86,6 +89,16 @@ class Drain(Message):
     type: Literal["drain"] = "drain"
 
 
+class WorkersMoved(Message):
+    """Where all attention workers are now, spares last, after one had to be placed on another host.
+
+    What is not listed is gone for good.
+    """
+
+    type: Literal["workers_moved"] = "workers_moved"
+    addresses: Annotated[tuple[WorkerAddress, ...], Field(strict=False, min_length=1)]
+
+
 class AskMetrics(Message):
     """Answered by MetricsText."""
 
@@ -145,6 +158,7 @@ class WorkerLost(Message):
     type: Literal["worker_lost"] = "worker_lost"
     host: str
     port: int
+    pid: int = 0  # of the process that was spoken to; 0: it never said. A successor must not be ended for it
     reason: str
 
 
@@ -175,7 +189,7 @@ class MetricsText(Message):
     text: str
 
 
-ToEngine = Submit | Cancel | Follow | Drain | AskMetrics
+ToEngine = Submit | Cancel | Follow | Drain | WorkersMoved | AskMetrics
 FromEngine = Accepted | Rejected | TokenEvent | Finished | WorkerLost | Heartbeat | MetricsText
 
 _to_engine: TypeAdapter[ToEngine] = TypeAdapter(Annotated[ToEngine, Field(discriminator="type")])

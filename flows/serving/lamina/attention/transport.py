@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from typing import Protocol
 
 from flows.errors import ResourceError
 from flows.serving.lamina.attention.frames import (
@@ -148,7 +149,23 @@ class SimulatedLink(Link):
         super()._write(head, body, deadline)
 
 
-Dial = Callable[[str, int, float], Link]
+class Connection(Protocol):
+    """What both ends of a conversation use, see `Link`."""
+
+    peer: str
+    sent_bytes: int
+    received_bytes: int
+
+    def send(
+        self, header: Header, payload: bytes | bytearray | memoryview = b"", timeout_s: float = 10.0
+    ) -> None: ...
+
+    def receive(self, timeout_s: float | None = None, limit: int = MAX_PAYLOAD) -> Frame: ...
+
+    def close(self) -> None: ...
+
+
+Dial = Callable[[str, int, float], Connection]
 
 
 def dial(host: str, port: int, timeout_s: float) -> Link:
@@ -179,4 +196,14 @@ def _connect(host: str, port: int, timeout_s: float) -> socket.socket:
         ) from None
 
 
-__all__ = ["Dial", "FrameError", "Link", "LinkClosed", "LinkTimeout", "SimulatedLink", "dial", "dial_badly"]
+__all__ = [
+    "Connection",
+    "Dial",
+    "FrameError",
+    "Link",
+    "LinkClosed",
+    "LinkTimeout",
+    "SimulatedLink",
+    "dial",
+    "dial_badly",
+]

@@ -8,6 +8,7 @@ in plain torch; `greedy` is a whole server in one function, to compare with.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from flows.errors import ConfigError, DataError
 from flows.serving import session
-from flows.serving.lamina.slices.bundle import Bundle, LayerAttention, Program
+from flows.serving.lamina.slices.bundle import Bundle, LayerAttention, Program, Step
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -45,33 +46,100 @@ class Slices:
 
     def run(self, input_ids: Ints, position_ids: Ints, attention: Attention) -> Floats:
         """Logits, (rows, vocabulary), of rows of tokens at their positions, both (rows,)."""
-        manifest = self.bundle.manifest
-        values: dict[str, NDArray[Any]] = {"input_ids": input_ids, "position_ids": position_ids}
-        for step in manifest.steps:
-            layer = step.layer
-            sent = False
-            programs = step.chosen(self.split)
-            for program in programs:
-                self._run(layer, program, values)
-                if layer == manifest.layers:
-                    return values["logits"]
-                if program is programs[0]:
-                    attention.send_q(layer, values[f"q_{layer}"])
-                if not sent and f"k_{layer}" in values and f"v_{layer}" in values:
-                    attention.send_kv(layer, values[f"k_{layer}"], values[f"v_{layer}"])
-                    sent = True
-            values = {name: values[name] for name in step.context}
-            values[f"attention_{layer}"] = attention.receive(layer)
-        raise AssertionError("the last step makes the logits")
+        run = self.start(input_ids, position_ids, attention)
+        while run.step():
+            pass
+        return run.logits
 
-    def _run(self, layer: int, program: Program, values: dict[str, NDArray[Any]]) -> None:
+    def start(
+        self, input_ids: Ints, position_ids: Ints, attention: Attention, wanted: Ints | None = None
+    ) -> Run:
+        """A run to be stepped through, so that several can take turns.
+
+        Args:
+            wanted: rows whose logits are asked for; None: all.
+        """
+        return Run(self, input_ids, position_ids, attention, wanted)
+
+    def execute(self, layer: int, program: Program, values: dict[str, NDArray[Any]]) -> None:
+        """Run one program of a step; its outputs are added to `values`."""
         feeds = {f"x{index}": values[value.name] for index, value in enumerate(program.inputs)}
         answers = self._sessions[layer, program.kind].run(None, feeds)
         values.update((value.name, answer) for value, answer in zip(program.outputs, answers, strict=True))
 
 
+class Run:
+    """One pass through the decoder. `step` does what lies between two attentions and sends q, k and v."""
+
+    def __init__(
+        self,
+        slices: Slices,
+        input_ids: Ints,
+        position_ids: Ints,
+        attention: Attention,
+        wanted: Ints | None,
+    ) -> None:
+        self._slices, self._attention, self._wanted = slices, attention, wanted
+        self._steps = iter(slices.bundle.manifest.steps)
+        self._values: dict[str, NDArray[Any]] = {"input_ids": input_ids, "position_ids": position_ids}
+        self._pending: Step | None = None  # whose attention was sent and is to be received
+        self.seconds: dict[str, float] = {}  # by kind of program, and of waiting for attention
+
+    @property
+    def logits(self) -> Floats:
+        """(wanted rows, vocabulary), once `step` has said that there is no further one."""
+        return self._values["logits"]
+
+    def step(self) -> bool:
+        """Do the next step; false when it was the last."""
+        values = self._receive()
+        step = next(self._steps)
+        layer = step.layer
+        last = layer == self._slices.bundle.manifest.layers
+        if last and self._wanted is not None:  # every operation is one of rows, so the others can be left out
+            if not len(self._wanted):
+                vocabulary = self._slices.bundle.manifest.vocab_size
+                self._values = {"logits": np.empty((0, vocabulary), np.float32)}
+                return False
+            values = {name: value[self._wanted] for name, value in values.items()}
+        sent = False
+        programs = step.chosen(self._slices.split)
+        for program in programs:
+            began = time.perf_counter()
+            self._slices.execute(layer, program, values)
+            self._count(program.kind, began)
+            if last:
+                self._values = values
+                return False
+            if program is programs[0]:
+                self._attention.send_q(layer, values[f"q_{layer}"])
+            if not sent and f"k_{layer}" in values and f"v_{layer}" in values:
+                self._attention.send_kv(layer, values[f"k_{layer}"], values[f"v_{layer}"])
+                sent = True
+        self._values = {name: values[name] for name in step.context}
+        self._pending = step
+        return True
+
+    def _receive(self) -> dict[str, NDArray[Any]]:
+        values = self._values
+        if self._pending is not None:
+            began = time.perf_counter()
+            layer = self._pending.layer
+            values = {**values, f"attention_{layer}": self._attention.receive(layer)}
+            self._count("attention", began)
+        return values
+
+    def _count(self, part: str, began: float) -> None:
+        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - began
+
+
 def open_slices(
-    bundle: Bundle, *, split: bool = True, threads: int = 0, providers: Sequence[str] = (session.CPU,)
+    bundle: Bundle,
+    *,
+    split: bool = True,
+    threads: int = 0,
+    providers: Sequence[str] = (session.CPU,),
+    spin: bool = True,
 ) -> Slices:
     """Load the programs of a verified bundle: those that let Q leave first, or without `split` one per step.
 
@@ -88,6 +156,7 @@ def open_slices(
                 list(providers),
                 threads or session.available_threads(),
                 weights,
+                spin,
             )
             found = ([v.name for v in runtime.get_inputs()], [v.name for v in runtime.get_outputs()])
             if found != ([f"x{n}" for n in range(len(program.inputs))],

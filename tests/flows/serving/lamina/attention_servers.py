@@ -108,7 +108,7 @@ def run(pool, requests, plans, tables):
         pool.plan(table, iteration)
         for layer in range(len(LAYERS)):
             q, k, v = requests.rows(table, layer)
-            pool.attend(layer, q, iteration)
+            pool.send_q(layer, q, iteration)
             answer = pool.kv(layer, k, v, iteration)
             for index, (slot, position, length) in enumerate(plan):
                 rows = slice(table.starts[index], table.starts[index + 1])

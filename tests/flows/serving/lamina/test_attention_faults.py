@@ -106,13 +106,13 @@ def test_a_replayed_iteration_gives_the_same_bits_and_keeps_the_pages(worker):
         pool.plan(table, 100)
         for _ in range(2):
             q, k, v = requests.rows(table, 0)
-            pool.attend(0, q, 100)
+            pool.send_q(0, q, 100)
             np.testing.assert_array_equal(pool.kv(0, k, v, 100), once[1][0])
         step = RowTable((Span(1, 41),))  # written over in the middle, as a replay does
         for iteration in (101, 101, 102):
             pool.plan(step, iteration)
             q, k, v = requests.rows(step, 0)
-            pool.attend(0, q, iteration)
+            pool.send_q(0, q, iteration)
             np.testing.assert_array_equal(pool.kv(0, k, v, iteration)[0], once[1][0][41])
         server.session._store.check()
 
@@ -125,7 +125,7 @@ def test_micro_batches_do_not_mix(worker):
         for micro, table in enumerate(tables):
             pool.plan(table, 5, micro)
         for micro, table in enumerate(tables):
-            pool.attend(0, requests.rows(table, 0)[0], 5, micro)
+            pool.send_q(0, requests.rows(table, 0)[0], 5, micro)
         for micro, table in enumerate(tables):
             out = pool.kv(0, *requests.rows(table, 0)[1:], 5, micro)
             np.testing.assert_allclose(out, requests.expected(micro + 1, 0), atol=2e-6)
@@ -137,7 +137,7 @@ def test_an_older_engine_is_fenced(worker):
         table = RowTable((Span(1, 0),), (TableDelta(1, 0, (1,)),))
         q, k, v = Requests({1: 1}).rows(table, 0)
         old.plan(table, 1)
-        old.attend(0, q, 1)
+        old.send_q(0, q, 1)
         with pytest.raises(WorkerLost, match=r"attention worker 0 .* no answer"):
             old.kv(0, k, v, 1)
         assert server.session.counts["stale"] == 3
@@ -161,14 +161,14 @@ def test_mistakes_of_the_engine_are_named_and_change_nothing(worker):
     for epoch, (table, words) in enumerate(cases, 1):
         with connect(addresses, WHOLE, epoch=epoch) as pool:
             pool.plan(table, 1)
-            pool.attend(0, q, 1)
+            pool.send_q(0, q, 1)
             with pytest.raises(DataError, match=words):
                 pool.kv(0, k, k, 1)
             server.session._store.check()
     with connect(addresses, WHOLE, epoch=9) as pool:
         pool.plan(RowTable((Span(1, 0),)), 1)
         with pytest.raises(DataError, match="expected float32"):
-            pool.attend(0, q.astype(np.float64), 1)
+            pool.send_q(0, q.astype(np.float64), 1)
 
 
 def test_freed_pages_hold_nothing_of_the_request_before(worker):
@@ -225,7 +225,7 @@ def test_a_killed_worker_is_named_and_a_terminated_one_drains(tmp_path):
             table = RowTable((Span(1, 0, 8, RowKind.CHUNK),), (TableDelta(1, 0, (1,)),))
             pool.plan(table, 9)
             q, k, v = requests.rows(table, 0)
-            pool.attend(0, q, 9)
+            pool.send_q(0, q, 9)
             os.kill(processes[1].pid, signal.SIGKILL)
             processes[1].wait(60)
             began = time.monotonic()
@@ -253,7 +253,7 @@ def test_a_draining_worker_ends_its_iteration_and_takes_no_other(worker):
             time.sleep(0.01)
         for layer in range(2):
             q, k, v = requests.rows(table, layer)
-            pool.attend(layer, q, 1)
+            pool.send_q(layer, q, 1)
             np.testing.assert_allclose(pool.kv(layer, k, v, 1), requests.expected(1, layer), atol=2e-6)
 
 
@@ -290,7 +290,7 @@ def test_a_page_freed_during_an_iteration_is_not_written(worker):
         pool.free([1])
         pool.assign([TableDelta(2, 0, (1,))])  # a broken fence: the page has another owner already
         q, k, v = requests.rows(table, 0)
-        pool.attend(0, q, 1)
+        pool.send_q(0, q, 1)
         with pytest.raises(DataError, match="slot 1 has no page for position 0"):
             pool.kv(0, k, v, 1)
         assert not server.session._store.page(0, 1)[0].any()

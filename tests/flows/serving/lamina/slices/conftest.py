@@ -1,40 +1,13 @@
-"""A tiny llama2c model, imported and exported once; models of other families, traced once."""
+"""Models of several families, traced once."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import tiny_llama2c
 from tiny_decoders import FAMILIES, Sliced, slice_model
-
-from flows.language import import_llama2c
-from flows.serving.lamina.slices.bundle import Bundle
-from flows.serving.lamina.slices.export import export_bundle
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    with tiny_llama2c.one_thread():
-        yield
 
 
 @pytest.fixture(scope="session", params=list(FAMILIES))
 def sliced(request: pytest.FixtureRequest) -> Sliced:
     with tiny_llama2c.one_thread():
         return slice_model(request.param)
-
-
-@pytest.fixture(scope="session")
-def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("llama2c")
-    import_llama2c(*tiny_llama2c.write(folder), folder / "hf")
-    return folder / "hf"
-
-
-@pytest.fixture(scope="session")
-def bundle(imported: Path) -> Bundle:
-    """Do not change its files: copy them first."""
-    with tiny_llama2c.one_thread():
-        return export_bundle(imported, imported.parent / "bundle")
