@@ -18,12 +18,9 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -32,9 +29,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from benchmarks.lamina_engine import ROOT, running, section
+from benchmarks.forked_workers import Zygote
+from benchmarks.lamina_engine import running, section
 from flows import files
 from flows.params import Lamina
 from flows.serving.lamina.attention.frames import HEADER_BYTES, Frame, FrameError, FrameType, Header, encode
@@ -88,85 +84,6 @@ class Case:
     part: str
     faults: list[Fault]
     settings: dict[str, Any] = field(default_factory=dict)
-
-
-class Zygote:
-    """Starts attention workers within milliseconds: a process that has imported everything and forks."""
-
-    def __init__(self, token: Path) -> None:
-        command = [sys.executable, "-m", "benchmarks.lamina_faults", "--zygote", str(token)]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
-        )
-        self.pids: dict[int, int] = {}  # port → process
-
-    def start(self, port: int = 0) -> int:
-        """A worker on `port`, or on a free one; gives the port."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(f"{port}\n")
-        self._process.stdin.flush()
-        told = json.loads(self._process.stdout.readline())
-        self.pids[told["port"]] = told["pid"]
-        return int(told["port"])
-
-    def replace(self, port: int) -> None:
-        with suppress(ProcessLookupError):
-            os.kill(self.pids[port], signal.SIGKILL)
-        for _ in range(200):
-            try:
-                self.start(port)
-                return
-            except KeyError:  # the port is free when the dead one is gone
-                time.sleep(0.01)
-        raise RuntimeError(f"no worker can be started on port {port}")
-
-    def lives(self, port: int) -> bool:
-        try:
-            return psutil.Process(self.pids[port]).status() not in (
-                psutil.STATUS_STOPPED,
-                psutil.STATUS_ZOMBIE,
-            )
-        except psutil.NoSuchProcess:
-            return False
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(10)
-
-
-def zygote(token_file: Path) -> None:
-    """Read a port, fork a worker there, say port and process."""
-    import socket
-
-    import torch
-
-    from flows.serving.lamina.attention.session import Session
-    from flows.serving.lamina.attention.worker import Server
-
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the dead
-    token = token_file.read_bytes()
-    children: list[int] = []
-    for line in sys.stdin:
-        try:
-            listener = socket.create_server(("127.0.0.1", int(line)))
-        except OSError as error:
-            print(json.dumps({"error": str(error)}), flush=True)
-            continue
-        pid = os.fork()
-        if pid == 0:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            Server(listener, token, Session(1 << 24), drain_timeout_s=0.1).serve()
-            os._exit(0)
-        children.append(pid)
-        port = listener.getsockname()[1]
-        listener.close()
-        print(json.dumps({"port": port, "pid": pid}), flush=True)
-    for pid in children:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
 
 
 class FaultyLink(Link):
@@ -498,11 +415,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--every", type=int, default=1, help="take each N-th run")
     parser.add_argument("--engine-kills", type=int, default=24)
     parser.add_argument("--no-result", action="store_true")
-    parser.add_argument("--zygote", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
-    if arguments.zygote:
-        zygote(arguments.zygote)
-        return 0
 
     def say(line: str) -> None:
         print(line, flush=True)
