@@ -2,10 +2,11 @@
 
     python -m benchmarks.lamina_exactness [--families llama gemma2] [--tokens 200] [--model DIR]
 
-Nine families of decoders with tiny random weights are exported and served by the engine with attention workers
-as processes: 1, 2 and 3 of them, head-, request- and sequence-level, one and two micro-batches, both cuts of
-the layers. Four prompts arrive at different moments and share iterations; each greedy text is compared with
-transformers' of the prompt alone, eager attention and a KV cache. `--model` adds a folder of a real model.
+Nine families of decoders with tiny random weights are exported and served by the engine with attention
+workers as processes: 1, 2 and 3 of them, head-, request- and sequence-level, one and two micro-batches, both
+cuts of the layers. Four prompts arrive at different moments and share iterations; each greedy text is
+compared with transformers' of the prompt alone, eager attention and a KV cache. `--model` adds a folder of a
+real model.
 
 Writes benchmarks/results/lamina_exactness.md; the exit code is 1 unless all texts are identical.
 """
@@ -18,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +100,7 @@ def compare(name: str, model: Path, target: Path, zygote: Zygote, token: bytes, 
             continue
         epoch = int(time.time() * 10)
         found = serve(bundle, opened[split], zygote, token, way, prompts, tokens, epoch)
-        pairs = zip(sum(found, []), sum(expected, []), strict=True)
+        pairs = zip(chain(*found), chain(*expected), strict=True)
         same = sum(a == b for a, b in pairs)
         verdict = "identical" if found == expected else "DIFFERENT"
         cut = "Q first" if split else "together"
@@ -141,7 +143,9 @@ def main(argv: list[str] | None = None) -> int:
     made = f"transformers {version('transformers')}"
     text = "\n".join([
         f"{made}, {len(lines)} ways of serving, {failed} with other tokens. Measured.",
-        "", "| model | workers | partition | micro-batches | K and V | equal tokens | |", "|---|---|---|---|---|---|---|",
+        "",
+        "| model | workers | partition | micro-batches | K and V | equal tokens | |",
+        "|---|---|---|---|---|---|---|",
         *lines,
     ]) + "\n"  # fmt: skip
     print(text.splitlines()[0])

@@ -5,8 +5,8 @@
 Three requests are generated while one thing goes wrong: an attention worker, a real process, is killed or
 stopped before a certain frame of a certain layer, or that frame is dropped, damaged, cut off, held up, sent
 twice or in an older epoch, or its connection is closed. Frames that arrive (OUT) are treated alike. All
-partitions, prompts and decoding, one and two micro-batches, with and without parity; then two things at
-once; then the engine's process itself, killed or stopped and started again from its journal.
+partitions, prompts and decoding, one and two micro-batches, with and without parity; then two things at once;
+then the engine's process itself, killed or stopped and started again from its journal.
 
 A run passes if every text is the undisturbed one, every token was said once and in order, no page is left on
 either side, and it ended in time. A fault that did not happen fails, too. `--every N` takes each N-th run.
@@ -347,7 +347,12 @@ def kill_engine(bundle: Path, kills: int, say: Any) -> list[tuple[str, str, floa
                 engine.send(Submit(id=name, prompt=tuple(prompt), max_tokens=60, ignore_eos=True,
                                    sampling=Sampling(temperature=0), arrived=time.time()))  # fmt: skip
             wanted = (7 * index) % 50
-            engine.wait_for(lambda n=names, w=wanted: len(engine.answers[n[0]].tokens) >= w, 30)
+
+            def told(names: list[str] = names, wanted: int = wanted) -> bool:
+                counts = [len(engine.answers[name].tokens) for name in names]
+                return min(counts) >= 1 and max(counts) >= wanted  # all of them are in the journal
+
+            engine.wait_for(told, 30)
             kind = ("kill", "stop")[index % 2]
             began = time.monotonic()
             os.kill(engine.engine.pid, signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
