@@ -318,7 +318,7 @@ def cases(layers: int) -> Iterator[Case]:
             settings = {"kv.redundancy": "parity", "sched.micro_batches": 1 + index % 2}
             found.append(Case("one fault, with parity", [fault], settings))
     generator = random.Random(0)
-    for index in range(120):
+    for index in range(200):
         kinds = ("kill", "stop", "drop", "corrupt", "close", "truncate")
         faults = [
             Fault(generator.choice(kinds), generator.choice(("Q", "KV")), generator.randrange(layers),
