@@ -20,7 +20,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export PREFECT_HOME ?= $(CURDIR)/.prefect
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: run sweep scenario test lint format up down ui serve report bench faults clean help
+.PHONY: run sweep scenario test lint format up down ui serve report bench bench-planner faults clean help
 
 run: $(VENV)/.installed $(if $(findstring causal_lm,$(SET)),$(VENV)/.installed-language)
 	@$(BIN)/trunkline run $(if $(DATASET),--dataset "$(DATASET)") $(if $(RECIPE),--recipe "$(RECIPE)") $(if $(SMOKE),--smoke) $(foreach s,$(SET),--set "$(s)")
@@ -64,6 +64,9 @@ bench: $(VENV)/.installed-test
 
 faults: $(VENV)/.installed-test
 	@$(BIN)/python -m benchmarks.lamina_faults
+
+bench-planner: $(VENV)/.installed-test
+	@$(BIN)/python -m benchmarks.planner
 
 clean:
 	rm -rf $(VENV) .cache .trunkline .prefect mlflow.db mlartifacts artifacts/data artifacts/subsets artifacts/pretrain \
