@@ -63,7 +63,10 @@ def serve_language(
         ResourceError: the port is taken, or a process cannot be kept running.
     """
     hosts = read_cluster_file(cluster) if cluster else None
-    checked = read_settings(changes, {**flags, **settings_of(hosts, flags)} if hosts else flags)
+    checked = read_settings(changes, flags)
+    if hosts:
+        parity = checked.lamina.kv.redundancy == "parity"
+        checked = read_settings(changes, {**flags, **settings_of(hosts, flags, parity)})
     settings = checked.lamina
     environment.interrupt_on_sigterm()
     with (
@@ -129,8 +132,11 @@ def check_division(settings: Lamina, bundle: Bundle) -> None:
         raise ConfigError("lamina.kv.redundancy parity needs partition head and at least 2 attention workers")
 
 
-def settings_of(hosts: ClusterFile, flags: Mapping[str, Any]) -> dict[str, Any]:
+def settings_of(hosts: ClusterFile, flags: Mapping[str, Any], parity: bool = False) -> dict[str, Any]:
     """What a cluster file says of section `lamina`: how many workers, and how much each can take.
+
+    Args:
+        parity: one of the workers keeps that.
 
     Raises:
         ConfigError: a flag says otherwise.
@@ -138,10 +144,11 @@ def settings_of(hosts: ClusterFile, flags: Mapping[str, Any]) -> dict[str, Any]:
     if "cluster.attention_workers" in flags:
         raise ConfigError("--attention-workers and --cluster exclude each other: the file names the workers")
     spares = int(flags.get("cluster.spares", 0))
-    workers = len(hosts.each) - spares
+    workers = len(hosts.each) - spares - parity
     if workers < 1:
         raise ConfigError(
-            f"--spares {spares} leaves none of the {len(hosts.each)} workers of the cluster file"
+            f"--spares {spares}{' and parity' if parity else ''} leaves none of the {len(hosts.each)} "
+            "workers of the cluster file"
         )
     found: dict[str, Any] = {
         "cluster.attention_workers": workers,
@@ -158,11 +165,10 @@ def make_fleet(settings: Lamina, folder: RunFolder, hosts: ClusterFile | None) -
         from flows.serving.lamina.cluster.ray_fleet import RayFleet
 
         return RayFleet(hosts, folder.token, folder.path, say_on_stderr)
-    count = settings.cluster.attention_workers + settings.cluster.spares
-    if not count:
+    if not settings.processes:
         return NoFleet()
     return LocalFleet(
-        count,
+        settings.processes,
         folder.token_file,
         say_on_stderr,
         max_bytes=settings.kv.mb_per_worker * 2**20,
@@ -237,6 +243,7 @@ def describe(url: str, name: str, bundle: Bundle, settings: Lamina, fleet: Fleet
         where = ", ".join(fleet.labels)
         workers = (
             f"{cluster.attention_workers} attention worker{'s' if cluster.attention_workers > 1 else ''}"
+            f"{' and one with parity' if settings.kv.redundancy == 'parity' else ''}"
             f"{f' and {cluster.spares} spare' if cluster.spares else ''}, partition {cluster.partition}, "
             f"{settings.kv.mb_per_worker} MB of keys and values each: {where}"
         )
