@@ -41,7 +41,7 @@ from flows.serving.lamina.engine.engine import Engine
 from flows.serving.lamina.engine.journal import Journal
 from flows.serving.lamina.engine.process import model_shape
 from flows.serving.lamina.engine.workers import Workers
-from flows.serving.lamina.requests import Finished, Sampling, Submit, TokenEvent
+from flows.serving.lamina.requests import Cancel, Finished, Sampling, Submit, TokenEvent
 from flows.serving.lamina.slices.bundle import Bundle, read_bundle
 from flows.serving.lamina.slices.runner import Slices, greedy, open_slices
 from flows.serving.measure import processor_name
@@ -331,6 +331,43 @@ def cases(layers: int) -> Iterator[Case]:
     yield from found
 
 
+def soak(bundle: Path, requests: int, say: Any) -> list[tuple[str, str, float]]:
+    """Many short requests, some cancelled, some with deadlines, some refused because too many wait."""
+    generator = random.Random(0)
+    settings = {"kv.mb_per_worker": 4, "sched.max_requests": 32, "admit.max_queued_requests": 64,
+                "recover.journal_mb": 1}  # fmt: skip
+    began = time.monotonic()
+    with running(bundle, 2, settings) as engine:
+        answers = engine.answers
+
+        def room() -> bool:  # with the next 32 a few more than may run and wait
+            return sum(not answer.ended for answer in answers.values()) < 67
+
+        for index in range(requests):
+            prompt = [generator.randrange(3, 200) for _ in range(generator.randrange(1, 24))]
+            deadline = time.time() + 0.05 if generator.random() < 0.02 else None
+            engine.send(Submit(id=f"s{index}", prompt=tuple(prompt), max_tokens=generator.randrange(1, 6),
+                               arrived=time.time(), deadline=deadline))  # fmt: skip
+            if generator.random() < 0.05:
+                engine.send(Cancel(id=f"s{index}"))
+            if index % 32 == 31:
+                engine.wait_for(room, BOUND_S)
+        done = engine.wait(timeout_s=BOUND_S)
+        engine.wait_for(lambda: engine.heartbeat is not None and not engine.heartbeat.pages_used, 5)
+        held = engine.heartbeat.pages_used if engine.heartbeat else -1
+        journal = (engine.folder / "journal").stat().st_size
+    ends: dict[str, int] = {}
+    for answer in engine.answers.values():
+        end = answer.finished.reason if answer.finished else "refused" if answer.rejected else "open"
+        ends[end] = ends.get(end, 0) + 1
+    took = time.monotonic() - began
+    say(f"soak: {requests} requests, {ends}, {held} pages held, journal {journal >> 10} KiB, {took:.0f} s")
+    problem = (
+        "" if done and not held and not engine.doubled and len(engine.answers) == requests else "see above"
+    )
+    return [(f"soak of {requests} requests", problem, 0.0)]
+
+
 def kill_engine(bundle: Path, kills: int, say: Any) -> list[tuple[str, str, float]]:
     """The engine's process, killed or stopped after some tokens, and started again from its journal."""
     results = []
@@ -419,6 +456,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--every", type=int, default=1, help="take each N-th run")
     parser.add_argument("--engine-kills", type=int, default=24)
+    parser.add_argument("--soak", type=int, default=10_000, help="requests, and a look for pages that leak")
     parser.add_argument("--no-result", action="store_true")
     arguments = parser.parse_args(argv)
 
@@ -432,6 +470,7 @@ def main(argv: list[str] | None = None) -> int:
         chosen = list(cases(read_bundle(bundle).manifest.layers))[:: arguments.every]
         results = run_cases(bundle, folder, chosen, say)
         results += kill_engine(bundle, arguments.engine_kills, say)
+        results += soak(bundle, arguments.soak, say)
     failed = sum(bool(problem) for _, problem, _ in results)
     lines = [
         f"{len(results)} runs with faults, {failed} failed, {time.monotonic() - began:.0f} s. "
