@@ -13,6 +13,7 @@ processes. It must run in the main thread.
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import socket
 import threading
@@ -110,11 +111,22 @@ def _limit_buffers(listener: socket.socket, unread: int) -> None:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNACKNOWLEDGED_MS)
 
 
+class _WithoutGivenUpStreams(logging.Filter):
+    """uvicorn's remark on a stream that was given up; the gateway has said so with the request's id."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.getMessage() != "ASGI callable returned without completing response."
+
+
+_QUIET = _WithoutGivenUpStreams()
+
+
 class Server(uvicorn.Server):
     """Told to stop, it first drains: new work is refused, admitted work is answered, the engine is told."""
 
     def __init__(self, service: Service, config: uvicorn.Config) -> None:
         super().__init__(config)
+        logging.getLogger("uvicorn.error").addFilter(_QUIET)
         self.error: BaseException | None = None
         self._service = service
         self._asked = 0  # to stop

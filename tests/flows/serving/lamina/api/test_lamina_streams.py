@@ -306,7 +306,11 @@ def test_deadlines_come_from_body_header_and_settings(server: Running, engine: F
 
 
 def test_a_reader_that_does_not_read_is_given_up(
-    folder: Path, engine: FakeEngine, socket_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path,
+    engine: FakeEngine,
+    socket_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     from flows.serving.lamina.api import streaming
 
@@ -331,6 +335,7 @@ def test_a_reader_that_does_not_read_is_given_up(
             assert post(server).json()["choices"][0]["text"] == "others go on"
             metrics = http.get(f"{server.url}/metrics").text
             assert "trunkline_slow_readers_total 1.0" in metrics
+            assert "ERROR" not in capfd.readouterr().err
 
 
 def test_what_was_read_is_no_longer_unread() -> None:
