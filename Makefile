@@ -1,9 +1,10 @@
-# make run            the whole pipeline on real images, with embedded services
+# make run            the whole pipeline on real images, with embedded services (SET=objective=causal_lm: on texts)
 # make test           all tests
 # make scenario       a night of operations with real servers, in a temporary clone
 # make lint           format, style, types, import directions
 # make up             servers, deployments and a worker in the background: schedules run     make down   ends them
 # make sweep          many settings, several at once: FILE=name in recipes/sweeps or path
+# make faults         a thousand things go wrong while language models are served; the texts stay the same
 # make ui             Prefect and MLflow pages of what ran      make serve   the champion over HTTP
 # Variables of run: DATASET=digits|cifar10|path/to/folder  RECIPE=name  SET="key=value key=value"  SMOKE=1 (a shrunken try)
 
@@ -19,9 +20,9 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export PREFECT_HOME ?= $(CURDIR)/.prefect
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: run sweep scenario test lint format up down ui serve report bench bench-planner clean help
+.PHONY: run sweep scenario test lint format up down ui serve report bench bench-planner faults clean help
 
-run: $(VENV)/.installed
+run: $(VENV)/.installed $(if $(findstring causal_lm,$(SET)),$(VENV)/.installed-language)
 	@$(BIN)/trunkline run $(if $(DATASET),--dataset "$(DATASET)") $(if $(RECIPE),--recipe "$(RECIPE)") $(if $(SMOKE),--smoke) $(foreach s,$(SET),--set "$(s)")
 
 sweep: $(VENV)/.installed
@@ -61,12 +62,16 @@ ui: $(VENV)/.installed
 bench: $(VENV)/.installed-test
 	@$(BIN)/python -m benchmarks
 
+faults: $(VENV)/.installed-test
+	@$(BIN)/python -m benchmarks.lamina_faults
+
 bench-planner: $(VENV)/.installed-test
 	@$(BIN)/python -m benchmarks.planner
 
 clean:
 	rm -rf $(VENV) .cache .trunkline .prefect mlflow.db mlartifacts artifacts/data artifacts/subsets artifacts/pretrain \
-	  artifacts/finetune artifacts/evaluate artifacts/export artifacts/parity artifacts/receipts artifacts/report.html
+	  artifacts/finetune artifacts/evaluate artifacts/export artifacts/parity artifacts/receipts artifacts/report.html \
+	  artifacts/text artifacts/language_pretrain artifacts/language_evaluate artifacts/language_export
 
 help:
 	@sed -n '/^$$/q; s/^# //p' Makefile
@@ -78,6 +83,10 @@ $(VENV)/bin/python:
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.installed-language: $(VENV)/.installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[language]'
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed

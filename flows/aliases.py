@@ -22,6 +22,8 @@ from pathlib import Path
 
 from flows import paths, promotion_log, registry
 from flows.errors import DataError, ResourceError
+from flows.language_champion import open_registered
+from flows.language_registration import is_language_model
 from flows.params import Params
 from flows.promotion_log import Entry
 from flows.registry import CHALLENGER, CHAMPION, PREVIOUS, Version
@@ -176,7 +178,11 @@ def _verify_files(params: Params, version: Version) -> None:
     with tempfile.TemporaryDirectory() as folder:
         try:
             registry.download_version(params, version, Path(folder))
-            ModelPackage.open(Path(folder), digest=version.tags.get("onnx.digest"))
+            digest = version.tags.get("onnx.digest")
+            if is_language_model(version):
+                open_registered(Path(folder), digest)
+            else:
+                ModelPackage.open(Path(folder), digest=digest)
         except Exception as error:  # MLflow's stores raise errors of their own for what is missing
             reason = " ".join(str(error).split())[:300].replace(f"{folder}/", "")
             raise DataError(

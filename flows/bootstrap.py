@@ -1,4 +1,5 @@
-"""Bootstrap intervals of an accuracy and of the difference of two accuracies on the same images.
+"""Bootstrap intervals of an accuracy and of the difference of two accuracies on the same images; likewise of
+bits per byte on the same documents.
 
 Paired: an image is drawn together with both models' verdicts on it, so that what is hard for both cancels.
 Stratified: every class keeps its number of images. Intervals are percentiles (Efron and Tibshirani 1993,
@@ -78,6 +79,49 @@ def compare_accuracy(
         return Interval(value, float(low), float(high))
 
     return PairedAccuracy(interval([0, 0, 1, 1]), interval([0, 1, 0, 1]), interval([0, 1, -1, 0]))
+
+
+@dataclass(frozen=True)
+class PairedRate:
+    """Two models on the same documents: a sum per unit of size, smaller is better."""
+
+    first: Interval
+    second: Interval
+    gain: Interval
+    """`first` minus `second`."""
+
+
+def compare_rates(
+    first: NDArray[np.float64],
+    second: NDArray[np.float64],
+    sizes: NDArray[np.int64],
+    *,
+    resamples: int,
+    confidence: float,
+    seed: int,
+) -> PairedRate:
+    """Intervals for sum(cost) / sum(size) of two models, by drawing whole documents with both models' costs.
+
+    Args:
+        first, second: cost of each document, (n,).
+        sizes: of each document, (n,), positive.
+
+    Raises:
+        ValueError: no documents, or arrays of different lengths.
+    """
+    if not len(sizes) or not len(first) == len(second) == len(sizes):
+        raise ValueError(f"{len(first)} and {len(second)} costs of {len(sizes)} documents")
+    generator = np.random.default_rng(seed)
+    chance = np.full(len(sizes), 1 / len(sizes))
+    drawn = generator.multinomial(len(sizes), chance, size=resamples)  # (resamples, n): how often each
+    total = drawn @ sizes
+    tails = [50.0 * (1.0 - confidence), 50.0 * (1.0 + confidence)]
+
+    def interval(costs: NDArray[np.float64]) -> Interval:
+        low, high = np.percentile(drawn @ costs / total, tails)
+        return Interval(float(costs.sum() / sizes.sum()), float(low), float(high))
+
+    return PairedRate(interval(first), interval(second), interval(first - second))
 
 
 def recall_by_class(

@@ -35,7 +35,11 @@ app.add_typer(export_app, name="export")
 @app.command()
 def run(
     dataset: Annotated[
-        str, typer.Option(help="digits, cifar10 or a folder of images; empty: as in params.yaml")
+        str,
+        typer.Option(
+            help="digits, cifar10 or a folder of images; of texts if objective is causal_lm; empty: as in "
+            "params.yaml"
+        ),
     ] = "",
     recipe: Annotated[str, typer.Option(help="name in recipes/ or path of an overlay of params.yaml")] = "",
     set_: Annotated[list[str], typer.Option("--set", help="key=value, may be repeated")] = [],  # noqa: B006
@@ -104,6 +108,10 @@ def workspace_checks(dataset: str, recipe: str, settings: list[str], smoke: bool
     from flows import workspace
 
     place = workspace.prepare(dataset, recipe, settings, smoke)
+    if place.params.objective == "causal_lm":
+        text_checks(place.params, place.root)
+        workspace.require_writable()
+        return
     source = Path(place.params.ingest.source)
     if not (source if source.is_absolute() else place.root / source).exists():
         raise ConfigError(f"`ingest.source`: {source} does not exist")
@@ -113,6 +121,20 @@ def workspace_checks(dataset: str, recipe: str, settings: list[str], smoke: bool
             f"`pretrain.initialize_from`: {initial} does not exist (a relative path: in {place.root})"
         )
     workspace.require_writable()
+
+
+def text_checks(checked: params.Params, root: Path) -> None:
+    """The same for the language track, which needs packages that images do not."""
+    from importlib.util import find_spec
+
+    missing = [name for name in ("tokenizers", "transformers", "networkx") if find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"objective causal_lm needs {', '.join(missing)}; install it: pip install -e '.[language]'"
+        )
+    source = Path(checked.ingest_text.source)
+    if not (source if source.is_absolute() else root / source).exists():
+        raise ConfigError(f"`ingest_text.source`: {source} does not exist (a relative path: in {root})")
 
 
 @serve_app.command("vision")
@@ -132,6 +154,42 @@ def serve_vision(
     given = {"host": host, "port": port if port >= 0 else "", "variant": variant}
     overrides = {key: value for key, value in given.items() if value != ""}
     serve_registered(params.load(), model, alias, version, overrides)
+
+
+@serve_app.command("language")
+def serve_language(
+    bundle: Annotated[
+        Path | None, typer.Argument(metavar="BUNDLE", help="folder that `export language` wrote")
+    ] = None,
+    model: Annotated[str, typer.Option(help="registered model, instead of BUNDLE")] = "",
+    alias: Annotated[str, typer.Option(help="which version of the model: its alias")] = "champion",
+    version: Annotated[str, typer.Option(help="which version: its number, instead of an alias")] = "",
+    attention_workers: Annotated[
+        int, typer.Option(help="processes that keep keys and values; 0: none; -1: params.yaml")
+    ] = -1,
+    spares: Annotated[int, typer.Option(help="further ones that stand by; -1: params.yaml")] = -1,
+    partition: Annotated[str, typer.Option(help="head, request or sequence; empty: params.yaml")] = "",
+    host: Annotated[str, typer.Option(help="address to listen on; empty: params.yaml")] = "",
+    port: Annotated[int, typer.Option(help="port, 0: any free one; -1: params.yaml")] = -1,
+    cluster: Annotated[
+        Path | None, typer.Option(help="file that says on which hosts attention workers run (docs/lamina.md)")
+    ] = None,
+    set_: Annotated[list[str], typer.Option("--set", help="key=value, may be repeated")] = [],  # noqa: B006
+) -> None:
+    """Serve a language model over HTTP (OpenAI's API), its attention in processes of their own."""
+    from flows.lamina import Registered, serve_language
+
+    if (bundle is None) == (not model):
+        raise ConfigError("give the folder of a bundle, or --model with the name of a registered model")
+    given = {
+        "cluster.attention_workers": attention_workers,
+        "cluster.spares": spares,
+        "cluster.partition": partition,
+        "http.host": host,
+        "http.port": port,
+    }
+    flags = {key: value for key, value in given.items() if value not in ("", -1)}
+    serve_language(bundle or Registered(model, alias, version), set_, flags, cluster)
 
 
 @plan_app.command("train")
@@ -206,7 +264,9 @@ def plan_serve(
     answer(question, out, page)
 
 
-ModelName = Annotated[str, typer.Option(help="registered model; empty: the one of params.yaml's data set")]
+ModelName = Annotated[
+    str, typer.Option(help="registered model; empty: the one of params.yaml's data set or text")
+]
 
 
 @app.command()
@@ -240,10 +300,10 @@ def promote(
 def rollback(model: ModelName = "") -> None:
     """Make the previous champion champion again, at once and without gates."""
     from flows import aliases
-    from flows.serve import dataset_name
+    from flows.serve import default_model
 
     checked = params.load()
-    made = aliases.rollback(checked, model or checked.registered_model(dataset_name(checked)))
+    made = aliases.rollback(checked, model or default_model(checked))
     print(
         f"champion of {made.model} is version {made.to_version} again, instead of {made.from_version}. "
         "There is no previous version now: a second rollback is refused and does not go forward. "
@@ -259,10 +319,10 @@ def status(
 ) -> None:
     """Say what is live, since when, why, and from which data and commit."""
     from flows.live import print_status, read_status
-    from flows.serve import dataset_name
+    from flows.serve import default_model
 
     checked = params.load()
-    found = read_status(checked, model or checked.registered_model(dataset_name(checked)))
+    found = read_status(checked, model or default_model(checked))
     if as_json:
         print(json.dumps(found, indent=2, ensure_ascii=False))
     else:

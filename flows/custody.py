@@ -3,6 +3,8 @@
     health page → registry tag → export manifest → dvc.lock → checkpoint → pretrained weights → data manifest
     → shards → a raw file
 
+For a language model: registry tag → bundle → dvc.lock → checkpoint → text manifest → tokens.
+
 Beside each link stands the MLflow run that really made the bytes, from the receipt that travels with them:
 stages that were skipped or restored lead to the run that executed.
 """
@@ -18,6 +20,7 @@ from flows import files
 from flows import provenance as places
 from flows.custody_links import Link, verify_chain
 from flows.errors import ConfigError, DataError
+from flows.language_custody import is_language_subject, verify_language_chain
 from flows.params import Params
 from flows.serving.package import MANIFEST
 
@@ -109,11 +112,15 @@ def _trace(params: Params, wanted: str, scratch: Path) -> Trace:
             model=subject.version.name if subject.version else "",
             version=subject.version.version if subject.version else "",
             workspace=str(subject.root or ""),
-            links=verify_chain(params, subject, image),
+            links=(
+                verify_language_chain(params, subject)
+                if is_language_subject(subject)
+                else verify_chain(params, subject, image)
+            ),
         )
 
 
 def _owner(versions: list[Any], homes: dict[tuple[str, str], Path | None], root: Path) -> Any:
     """The version that is the export of `root`, if it is registered."""
-    digest = places.export_digest(root)
-    return next((entry for entry in versions if digest and entry.tags.get("onnx.digest") == digest), None)
+    digests = {places.export_digest(root), places.bundle_digest(root)} - {None}
+    return next((entry for entry in versions if entry.tags.get("onnx.digest") in digests), None)

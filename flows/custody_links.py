@@ -71,6 +71,9 @@ class Link:
         else:
             self.checks.append(Check(text, "ok"))
 
+    def fail(self, text: str) -> None:
+        self.checks.append(Check(text, "broken"))
+
     def leave_open(self, text: str) -> None:
         self.checks.append(Check(text, "open"))
 
@@ -90,7 +93,7 @@ def verify_chain(params: Params, subject: Subject, image: tuple[str, str] | None
         _raw_link(subject, image),
     ]
     for link in links:
-        _name_run(params, subject, link)
+        name_run(params, subject, link)
     return links
 
 
@@ -174,9 +177,14 @@ def _lock_link(subject: Subject) -> Link:
         ("export", paths.DATA),
         ("finetune@pretrained", paths.DATA),
     ):
-        if used := _used_md5(subject, stage, output):
-            link.same(f"{stage} used the {output} that was made", used, locked_md5(subject.lock, output))
+        compare_locked(subject, link, stage, output)
     return link
+
+
+def compare_locked(subject: Subject, link: Link, stage: str, output: Path) -> None:
+    """Did `stage` use the `output` that the lock says was made?"""
+    if used := _used_md5(subject, stage, output):
+        link.same(f"{stage} used the {output} that was made", used, locked_md5(subject.lock, output))
 
 
 def _used_md5(subject: Subject, stage: str, path: Path) -> str:
@@ -194,7 +202,7 @@ def _checkpoint_link(subject: Subject, manifest: dict[str, Any]) -> Link:
     link = Link(
         "checkpoint", manifest.get("source", {}).get("checkpoint_sha256", ""), stage="finetune@pretrained"
     )
-    if (folder := _located(subject, link, CHECKPOINT)) is not None:
+    if (folder := locate_output(subject, link, CHECKPOINT)) is not None:
         if (folder / WEIGHTS).is_file():
             link.same(
                 f"sha256 of {CHECKPOINT / WEIGHTS} is the export manifest's",
@@ -220,7 +228,7 @@ def _pretrain_link(subject: Subject) -> Link:
         if not link.digest:
             link.leave_open("the checkpoint was trained from random weights")
             return link
-    found = _located(subject, link, paths.PRETRAIN)
+    found = locate_output(subject, link, paths.PRETRAIN)
     if found is not None and (found / WEIGHTS).is_file():
         weights = paths.PRETRAIN / WEIGHTS
         sha256 = files.sha256_file(found / WEIGHTS)
@@ -232,7 +240,7 @@ def _pretrain_link(subject: Subject) -> Link:
 
 def _data_link(subject: Subject, manifest: dict[str, Any]) -> Link:
     link = Link("data manifest", manifest.get("data_digest", ""), stage="ingest")
-    if (folder := _located(subject, link, paths.DATA)) is None:
+    if (folder := locate_output(subject, link, paths.DATA)) is None:
         return link
     try:
         data = manifests.load(folder)
@@ -312,7 +320,7 @@ def _compare_source(subject: Subject, link: Link, key: str, sha256: str) -> None
         link.leave_open(f"the raw files cannot be read: {error}")
 
 
-def _located(subject: Subject, link: Link, output: Path) -> Path | None:
+def locate_output(subject: Subject, link: Link, output: Path) -> Path | None:
     """The output's bytes, whose MD5 is compared with the lock's; None (and said) when they are not here."""
     found = subject.find(output)
     if found is None:
@@ -324,7 +332,7 @@ def _located(subject: Subject, link: Link, output: Path) -> Path | None:
     return found
 
 
-def _name_run(params: Params, subject: Subject, link: Link) -> None:
+def name_run(params: Params, subject: Subject, link: Link) -> None:
     """The run whose receipt lies beside the bytes, and whether the tracking store has it."""
     run_id = str(subject.receipts.get(link.stage, {}).get("run_id", ""))
     if not link.stage or not run_id:

@@ -16,7 +16,7 @@ from typing import Any
 from flows import aliases, files, paths, promotion_log, registry
 from flows.aliases import ROLLED_BACK
 from flows.errors import DataError
-from flows.gates import GATES, Candidate, Gate, check_gate, fetched
+from flows.gates import Candidate, Gate, check_gate, fetched, gates_of
 from flows.params import Params
 from flows.params import load as load_params
 from flows.registry import CHALLENGER, CHAMPION, PREVIOUS, Version
@@ -70,7 +70,7 @@ def decide(
     nothing.
 
     Args:
-        root: workspace whose evaluation images judge it.
+        root: workspace whose evaluation images or texts judge it.
         again: also when the version was rolled back before.
         check: runs one gate; the flow makes a task of each.
         approve: asks a person after the gates have passed.
@@ -83,7 +83,7 @@ def decide(
         reason = f"it was rolled back ({when}); to promote it again on purpose, say --again"
         return _refuse(params, version, champion, (), reason)
     with fetched(params, root, version) as candidate:
-        gates = {name: check(name, candidate, champion) for name in GATES}
+        gates = {name: check(name, candidate, champion) for name in gates_of(version)}
         while True:
             _tag(params, version, gates)
             verdicts = tuple(gates.values())
@@ -162,7 +162,7 @@ def _verdicts(gates: Sequence[Gate]) -> dict[str, str]:
     return {gate.name: gate.verdict[:VERDICT_LETTERS] for gate in gates}
 
 
-# ---- which version, which images ---------------------------------------------------------------------------
+# ---- which version, which data ---------------------------------------------------------------------------
 
 
 def choose(params: Params, name: str, version: str) -> Version | None:
@@ -188,11 +188,11 @@ def workspace_of(params: Params, version: Version) -> tuple[Params, Path]:
     """The workspace whose data `version` was made from, with its own limits; else the current one."""
     here = Path.cwd()
     for root in (here, paths.home(), *sorted(paths.workspaces().glob("*"))):
-        manifest = root / paths.DATA / "manifest.json"
-        try:
-            digest = files.read_json(manifest)["digest"]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-        if digest == version.tags.get("data.digest"):
-            return (params if root == here else load_params(root / "params.yaml")), root
+        for data in (paths.DATA, paths.TEXT):
+            try:
+                digest = files.read_json(root / data / "manifest.json")["digest"]
+            except (OSError, ValueError, KeyError, TypeError):
+                continue
+            if digest == version.tags.get("data.digest"):
+                return (params if root == here else load_params(root / "params.yaml")), root
     return params, here

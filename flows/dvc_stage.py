@@ -89,6 +89,19 @@ def read_graph(root: Path) -> list[StageInfo]:
         raise TrunklineError(f"DVC cannot read the pipeline in {root}: {error}") from error
 
 
+def leading_to(graph: Sequence[StageInfo], families: Sequence[str]) -> list[StageInfo]:
+    """The stages of these families and all that they need, in the order of `graph`."""
+    by_name = {info.name: info for info in graph}
+    wanted: set[str] = set()
+    waiting = [info.name for info in graph if info.family in families]
+    while waiting:
+        name = waiting.pop()
+        if name not in wanted:
+            wanted.add(name)
+            waiting += by_name[name].needs
+    return [info for info in graph if info.name in wanted]
+
+
 def read_receipt(root: Path, stage: str) -> dict[str, Any]:
     """What the execution that made the stage's present outputs left; empty if there is none."""
     path = root / paths.RECEIPTS / f"{stage.replace('@', '-')}.json"

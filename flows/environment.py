@@ -23,6 +23,7 @@ QUIET = {
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
     "PREFECT_LOGGING_TO_API_BATCH_INTERVAL": "1",
     "PREFECT_CLI_PROMPT": "false",
+    "RAY_USAGE_STATS_ENABLED": "0",
     "ORT_DISABLE_TELEMETRY": "1",  # ONNX Runtime 1.32 sends events from Linux, too, from its import on
     "HF_HUB_OFFLINE": "1",
     "NO_PROXY": "127.0.0.1,localhost",  # a proxy for the internet must not get requests to our own servers

@@ -7,21 +7,18 @@ raises: what cannot be checked has failed, with the reason. The limits are those
 
 from __future__ import annotations
 
-import contextlib
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import httpx
 
-from flows import files, registry, smoke
+from flows import files, smoke
 from flows.bootstrap import compare_accuracy, recall_by_class
 from flows.champion import Verdicts, judge_folder, judge_version
 from flows.dvc_hash import file_md5, tree_md5
 from flows.errors import TrunklineError
-from flows.params import Params
+from flows.language_gates import LANGUAGE_GATES
+from flows.language_registration import is_language_model
 from flows.placement import check_placement
 from flows.registration import PARITY, PLACEMENT, PLACEMENT_SEAL, SEALED
 from flows.registry import Version
@@ -29,6 +26,18 @@ from flows.serving import golden
 from flows.serving.measure import MEGABYTE, measure_variant, processor_name
 from flows.serving.package import ModelPackage
 from flows.serving.session import available_threads, working_providers
+from flows.trial import (
+    Candidate,
+    Check,
+    Failed,
+    Gate,
+    check_claims,
+    check_seals,
+    fetched,
+    registered_digest,
+)
+
+__all__ = ["GATES", "Candidate", "Gate", "check_gate", "fetched", "gates_of"]
 
 PARITY_RELATIONS = {
     "fp32_max_abs_error": "<=",
@@ -40,56 +49,11 @@ PARITY_RELATIONS = {
 """Every limit of params.yaml's section `parity` that a report must be inside of."""
 
 
-@dataclass(frozen=True)
-class Gate:
-    """One condition on the way to `champion`."""
-
-    name: str
-    passed: bool
-    reason: str
-    figures: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def verdict(self) -> str:
-        return f"{'passed' if self.passed else 'failed'}: {self.reason}"
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A version on trial: its registered folder, fetched afresh, and the workspace whose images judge it."""
-
-    params: Params
-    root: Path
-    version: Version
-    folder: Path
-
-
-class _Failed(Exception):
-    """A gate's condition is not met; figures as far as they are known."""
-
-    def __init__(self, reason: str, figures: Mapping[str, Any] | None = None) -> None:
-        super().__init__(reason)
-        self.figures = figures or {}
-
-
-Check = Callable[[Candidate, Version | None], tuple[str, dict[str, Any]]]
-"""From candidate and present champion to reason and figures; raises `_Failed`."""
-
-
-@contextlib.contextmanager
-def fetched(params: Params, root: Path, version: Version) -> Iterator[Candidate]:
-    """The candidate with its folder, which is empty when it cannot be downloaded: then every gate says so."""
-    with tempfile.TemporaryDirectory() as temporary:
-        with contextlib.suppress(Exception):  # `integrity` tells what is missing
-            registry.download_version(params, version, Path(temporary))
-        yield Candidate(params, root, version, Path(temporary))
-
-
 def check_gate(name: str, candidate: Candidate, champion: Version | None) -> Gate:
-    """Run one of `GATES`."""
+    """Run one of `gates_of` the candidate's version."""
     try:
-        reason, figures = GATES[name](candidate, champion)
-    except _Failed as failed:
+        reason, figures = gates_of(candidate.version)[name](candidate, champion)
+    except Failed as failed:
         return Gate(name, False, str(failed), failed.figures)
     except TrunklineError as error:
         return Gate(name, False, " ".join(str(error).split()))
@@ -105,33 +69,21 @@ def check_gate(name: str, candidate: Candidate, champion: Version | None) -> Gat
 
 def check_integrity(candidate: Candidate, champion: Version | None) -> tuple[str, dict[str, Any]]:
     """The files are those that were registered, and the tags say of them what is true."""
-    tags, folder = candidate.version.tags, candidate.folder
-    digest = tags.get("onnx.digest")
-    if not digest:
-        raise _Failed("the version has no tag onnx.digest; register it again with `make run`")
-    package = ModelPackage.open(folder, digest=digest)
-    golden.read_golden(folder)
-    for tag, file in {**SEALED, PLACEMENT_SEAL: PLACEMENT}.items():
-        found = files.sha256_file(folder / file) if (folder / file).is_file() else "nothing"
-        if found != tags.get(tag, "nothing"):
-            raise _Failed(f"{file} has sha256 {found[:12]}, tag {tag} says {tags.get(tag, 'nothing')[:12]}")
+    digest = registered_digest(candidate.version)
+    package = ModelPackage.open(candidate.folder, digest=digest)
+    golden.read_golden(candidate.folder)
+    check_seals(candidate, {**SEALED, PLACEMENT_SEAL: PLACEMENT})
     manifest = package.manifest
     claims = {
         "dvc.out_md5": export_md5(package),
         "data.digest": manifest.data_digest,
         "onnx.opset": str(manifest.opset),
     }
-    for tag, found in claims.items():
-        if found != tags.get(tag):
-            raise _Failed(f"tag {tag} is {tags.get(tag)!r}, the registered files say {found!r}")
-    commit, dirty = tags.get("git.commit", "unknown"), tags.get("git.dirty") != "false"
-    if candidate.params.promotion.require_clean_tree and (dirty or commit == "unknown"):
-        raise _Failed(
-            f"made from {'a modified clone at' if dirty else ''} commit {commit[:12]}, "
-            "and promotion.require_clean_tree is true"
-        )
-    figures = {"digest": digest, "commit": commit, "dirty": dirty, **claims}
-    return f"content digest {digest[:12]} and every file as registered{', clone modified' * dirty}", figures
+    figures = check_claims(candidate, claims)
+    return (
+        f"content digest {digest[:12]} and every file as registered{', clone modified' * figures['dirty']}",
+        figures,
+    )
 
 
 def export_md5(package: ModelPackage) -> str:
@@ -146,12 +98,12 @@ def check_parity(candidate: Candidate, champion: Version | None) -> tuple[str, d
     """The report in the folder is of these very variants, and inside the tolerances of now."""
     path = candidate.folder / PARITY
     if not path.is_file():
-        raise _Failed(f"the registered folder has no {PARITY}")
+        raise Failed(f"the registered folder has no {PARITY}")
     report = files.read_json(path)
     package = ModelPackage.open(candidate.folder, variants=())
     digests = {name: variant.digest for name, variant in package.manifest.variants.items()}
     if report.get("digests") != digests:
-        raise _Failed(f"{PARITY} is of another export than the one beside it")
+        raise Failed(f"{PARITY} is of another export than the one beside it")
     values = {check["key"]: float(check["value"]) for check in report["checks"]}
     limits = candidate.params.parity.model_dump()
     wrong = []
@@ -161,7 +113,7 @@ def check_parity(candidate: Candidate, champion: Version | None) -> tuple[str, d
         if not inside:
             wrong.append(f"{value:.3g} is not {relation} parity.{key} {limits[key]:g}")
     if wrong:
-        raise _Failed("; ".join(wrong), values)
+        raise Failed("; ".join(wrong), values)
     return (
         f"fp32 within {values['fp32_max_abs_error']:.1e} of PyTorch, "
         f"int8 agrees on {100 * values['int8_min_agreement']:.1f} %",
@@ -182,7 +134,7 @@ def check_quality(candidate: Candidate, champion: Version | None) -> tuple[str, 
             theirs = judge_version(params, candidate.root, champion)
         except Exception as error:
             reason = f"champion version {champion.version} cannot be compared: {' '.join(str(error).split())}"
-            raise _Failed(reason, {"top1": mine.top1}) from error
+            raise Failed(reason, {"top1": mine.top1}) from error
     compared = compare_accuracy(
         theirs.correct,
         mine.correct,
@@ -217,7 +169,7 @@ def check_quality(candidate: Candidate, champion: Version | None) -> tuple[str, 
             wrong.append(f"{which}{counted:+.4f} does not exceed promotion.min_gain {limits.min_gain:g}")
         wrong += _dropped_classes(theirs, mine, limits.max_class_drop)
     if wrong:
-        raise _Failed(f"{reason}; {'; '.join(wrong)}", figures)
+        raise Failed(f"{reason}; {'; '.join(wrong)}", figures)
     return reason + ("" if champion else "; there is no champion to compare with"), figures
 
 
@@ -244,7 +196,7 @@ def check_servability(candidate: Candidate, champion: Version | None) -> tuple[s
     """The real server, started on the version, answers the golden requests as recorded."""
     requests = golden.read_golden(candidate.folder)
     if not requests:
-        raise _Failed("registered without golden requests; register it again with `make run`")
+        raise Failed("registered without golden requests; register it again with `make run`")
     differences, worst = [], 0.0
     with (
         smoke.server(candidate.root, candidate.version) as address,
@@ -252,7 +204,7 @@ def check_servability(candidate: Candidate, champion: Version | None) -> tuple[s
     ):
         served = client.get("/healthz").json().get("digest")
         if served != candidate.version.tags.get("onnx.digest"):
-            raise _Failed(f"the server's health page shows digest {served!r}, not the registered one")
+            raise Failed(f"the server's health page shows digest {served!r}, not the registered one")
         for request in requests:
             answer = client.post("/v1/classify", files={"file": ("image", request.data)})
             if answer.status_code != 200:
@@ -265,7 +217,7 @@ def check_servability(candidate: Candidate, champion: Version | None) -> tuple[s
                 differences.append(different)
     figures = {"requests": len(requests), "different": len(differences), "largest_difference": worst}
     if differences:
-        raise _Failed(f"{len(differences)} of {len(requests)} golden requests: {differences[0]}", figures)
+        raise Failed(f"{len(differences)} of {len(requests)} golden requests: {differences[0]}", figures)
     return f"{len(requests)} golden requests answered as recorded (within {worst:.1e})", figures
 
 
@@ -309,14 +261,19 @@ def check_budget(candidate: Candidate, champion: Version | None) -> tuple[str, d
     machine = f"{processor_name()}, threads: {threads}, {provider.removesuffix('ExecutionProvider')}"
     figures["machine"] = machine
     if wrong:
-        raise _Failed(f"{'; '.join(wrong)} ({machine})", figures)
+        raise Failed(f"{'; '.join(wrong)} ({machine})", figures)
     return f"{'; '.join(said)} ({machine})", figures
 
 
-GATES: dict[str, Check] = {
+GATES: Mapping[str, Check] = {
     "integrity": check_integrity,
     "parity": check_parity,
     "quality": check_quality,
     "servability": check_servability,
     "budget": check_budget,
 }
+
+
+def gates_of(version: Version) -> Mapping[str, Check]:
+    """The gates of this kind of model; the names are the same for all."""
+    return LANGUAGE_GATES if is_language_model(version) else GATES

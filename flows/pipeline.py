@@ -1,4 +1,5 @@
-"""The flow: DVC's stages one task each, then registration, promotion, smoke test and report.
+"""The flow: DVC's stages one task each, then registration, promotion, smoke test and report. Which stages is
+what `objective` says: those that lead to a served classifier, or to a language model.
 
 Prefect decides when, retries and shows; DVC decides what has to run. Tasks never cache results: "is this
 computed already" is DVC's question. `python -m flows.cli run` starts it; a deployment may call `pipeline`
@@ -8,6 +9,7 @@ with the same arguments.
 from __future__ import annotations
 
 import os
+import re
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -28,6 +30,8 @@ from prefect.task_runners import ThreadPoolTaskRunner  # noqa: E402
 from flows import (  # noqa: E402
     dvc_stage,
     files,
+    language_registration,
+    language_registry,
     paths,
     promotion,
     registration,
@@ -47,7 +51,12 @@ from flows.tracking import MlflowRun  # noqa: E402
 environment.hide_traces_of_mistakes()
 REGISTERED_EVENT = "trunkline.challenger.registered"
 CONTROL = ("finetune@scratch", "evaluate@scratch")
-NOT_OF_A_RUN = ("study",)  # analyses a table of many runs
+ENDS = {
+    "image": ("finetune", "evaluate", "parity"),
+    "causal_lm": ("language_evaluate", "language_export"),
+}
+"""What a run of each `objective` ends with; the stages that lead there are its track. Others (`study`, which
+analyses a table of many runs) are no part of a run."""
 LABELS_NEEDED = ("finetune", "evaluate", "export", "parity")
 
 
@@ -63,13 +72,17 @@ def run_stage(
     table = [{"parameter": key, "value": str(value)} for key, value in parameters.items()]
     table.append({"parameter": "— MLflow run that made the outputs", "value": receipt.get("run_id", "")})
     table.append({"parameter": "— duration of this task", "value": f"{seconds:.1f} s ({status})"})
-    create_table_artifact(table, key=stage.replace("@", "-"), description=f"{stage}: parameters and outcome")
+    create_table_artifact(
+        table, key=re.sub(r"[^a-z0-9]", "-", stage), description=f"{stage}: parameters and outcome"
+    )
     return {"stage": stage, "status": status, "seconds": seconds, "receipt": receipt}
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
 def register(params: Params, root: Path, run: MlflowRun) -> Version:
-    """Register the export as challenger."""
+    """Register the export, or the bundle, as challenger."""
+    if params.objective == "causal_lm":
+        return language_registration.register_bundle(params, root, run)
     return registration.register_export(params, root, run)
 
 
@@ -77,6 +90,12 @@ def register(params: Params, root: Path, run: MlflowRun) -> Version:
 def smoke_test(params: Params, root: Path, version: Version) -> smoke.SmokeResult:
     """Serve the registered version and compare its answers with the recorded predictions."""
     return smoke.smoke_test(params, root, version)
+
+
+@task(cache_policy=NO_CACHE, persist_result=False, name="golden prompts")
+def ask_bundle(params: Params, version: Version) -> dict[str, Any]:
+    """Fetch the registered bundle as a server does and compare what it says with the golden prompts."""
+    return language_registry.ask_registered(params, version)
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
@@ -95,8 +114,8 @@ def pipeline(
     promote: bool = True,
     smoke: bool = False,
 ) -> dict[str, Any]:
-    """Raw images in, a served model out. The first arguments select and override params as `trunkline run`
-    does.
+    """Raw images or texts in, a served model out. The first arguments select and override params as
+    `trunkline run` does.
 
     Args:
         promote: call the promotion flow; else the event `trunkline.challenger.registered` is sent, which a
@@ -129,7 +148,7 @@ def pipeline(
             raise
         summary = _deliver(params, root, run, outcomes, promote, smoke)
         summary["seconds"] = time.monotonic() - started
-        _log_outcome(run, root, summary)
+        _log_outcome(run, root, summary, paths.TEXT if params.objective == "causal_lm" else paths.DATA)
     create_markdown_artifact(_markdown(summary), key="summary", description="What this run made")
     return summary
 
@@ -143,9 +162,7 @@ def _run_stages(params: Params, root: Path, run: MlflowRun) -> list[dict[str, An
     runner: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=params.pipeline.parallel_stages)
     with runner:
         try:
-            for info in dvc_stage.read_graph(root):
-                if info.family in NOT_OF_A_RUN:
-                    continue
+            for info in dvc_stage.leading_to(dvc_stage.read_graph(root), ENDS[params.objective]):
                 if info.family in LABELS_NEEDED and not _is_labelled(futures, root):
                     continue
                 if info.name in CONTROL and not params.pipeline.control:
@@ -219,13 +236,18 @@ def _deliver(
         "lock_sha256": files.sha256_file(root / "dvc.lock"),
         "run_id": run.run_id,
     }
-    if any(outcome["stage"] == "parity" for outcome in outcomes):
+    is_language = params.objective == "causal_lm"
+    summary["objective"] = params.objective
+    if any(outcome["stage"] in ("parity", "language_export") for outcome in outcomes):
         version = register(params, root, run)
         if is_smoke_run:
             summary["registry"] = _describe(version)
         else:
             summary["registry"] = _promote(version) if promote else _announce(version)
-        summary["smoke"] = asdict(smoke_test(params, root, version))
+        if is_language:
+            summary["smoke"] = ask_bundle(params, version)
+        else:
+            summary["smoke"] = asdict(smoke_test(params, root, version))
         extra["registry"] = summary["registry"]
         extra["smoke"] = summary["smoke"]
     summary["report"] = str(report(params, root, run, extra))
@@ -268,12 +290,12 @@ def _describe(version: Version) -> dict[str, Any]:
     }
 
 
-def _log_outcome(run: MlflowRun, root: Path, summary: dict[str, Any]) -> None:
+def _log_outcome(run: MlflowRun, root: Path, summary: dict[str, Any], data: Path) -> None:
     for stage, metrics in summary["metrics"].items():
         numbers = {key: value for key, value in flatten(metrics).items() if isinstance(value, int | float)}
         run.log_metrics({f"{stage}.{key}": value for key, value in numbers.items()})
     run.log_metrics({"seconds": summary["seconds"], "stages_executed": len(summary["executed"])})
-    run.log_artifact(root / paths.DATA / "manifest.json")
+    run.log_artifact(root / data / "manifest.json")
     run.log_artifact(root / "params.yaml")
     run.log_artifact(root / "dvc.lock")
     # the lock has its final content only now

@@ -33,7 +33,7 @@ from flows.decision import Decision  # noqa: E402
 from flows.gates import Candidate, Gate  # noqa: E402
 from flows.params import Params  # noqa: E402
 from flows.registry import Version  # noqa: E402
-from flows.serve import dataset_name  # noqa: E402
+from flows.serve import default_model  # noqa: E402
 
 environment.hide_traces_of_mistakes()
 POLL_S = 5  # how often a waiting flow looks for an answer
@@ -51,7 +51,7 @@ def promotion(model: str = "", version: str = "", again: bool = False) -> dict[s
     """Try `version` of `model` and promote it if every gate passes.
 
     Args:
-        model: registered model; empty: the one of the data set in the current workspace.
+        model: registered model; empty: the one of the data set or text in the current workspace.
         version: its number; empty: the challenger.
         again: also when it was rolled back before.
 
@@ -60,7 +60,7 @@ def promotion(model: str = "", version: str = "", again: bool = False) -> dict[s
     """
     logger = get_run_logger()
     params = parameters.load()
-    name = model or params.registered_model(dataset_name(params))
+    name = model or default_model(params)
     chosen = decision.choose(params, name, version)
     if chosen is None:
         text = f"{name} has no challenger; nothing to promote"

@@ -104,8 +104,9 @@ def registered_versions(params: Params) -> list[Version]:
 
 def home_of(version: Version, workspaces: list[Path]) -> Path | None:
     """The workspace that holds this export; else one that holds its data."""
-    by_export = [root for root in workspaces if export_digest(root) == version.tags.get("onnx.digest")]
-    by_data = [root for root in workspaces if data_digest(root) == version.tags.get("data.digest")]
+    export, data = version.tags.get("onnx.digest"), version.tags.get("data.digest")
+    by_export = [root for root in workspaces if export in (export_digest(root), bundle_digest(root))]
+    by_data = [root for root in workspaces if data in (data_digest(root), data_digest(root, paths.TEXT))]
     return next(iter([*by_export, *by_data]), None)
 
 
@@ -115,8 +116,13 @@ def export_digest(root: Path) -> str | None:
     )
 
 
-def data_digest(root: Path) -> str | None:
-    return _quietly(lambda: files.read_json(root / paths.DATA / "manifest.json")["digest"])
+def bundle_digest(root: Path) -> str | None:
+    """Of a workspace's language model."""
+    return _quietly(lambda: files.sha256_file(root / paths.LANGUAGE_EXPORT / "manifest.json"))
+
+
+def data_digest(root: Path, data: Path = paths.DATA) -> str | None:
+    return _quietly(lambda: files.read_json(root / data / "manifest.json")["digest"])
 
 
 def _quietly(read: Any) -> str | None:
@@ -147,7 +153,7 @@ def opened(params: Params, version: Version | None, root: Path | None, scratch: 
 def tag_digests(version: Version) -> dict[str, str]:
     """Digests that the registry knows without fetching files, by what they are of."""
     names = {
-        "onnx.digest": "content of fp32",
+        "onnx.digest": "content of fp32" if "model.kind" not in version.tags else "bundle manifest",
         "dvc.out_md5": "export in dvc.lock",
         "data.digest": "data manifest",
         "data.md5": "data in dvc.lock",
@@ -157,7 +163,11 @@ def tag_digests(version: Version) -> dict[str, str]:
 
 
 def export_digests(manifest: dict[str, Any]) -> dict[str, str]:
-    """Digests inside an export's manifest."""
+    """Digests inside the manifest of an export or of a bundle."""
+    if manifest.get("kind") == "lamina":
+        listed = [*manifest["graphs"], *manifest["weights"], *manifest["tokenizer"]]
+        files_of = {f"file {entry['file']}": entry["sha256"] for entry in listed}
+        return {"checkpoint": manifest["source_sha256"], **files_of}
     found = {"checkpoint": manifest["source"]["checkpoint_sha256"], "data manifest": manifest["data_digest"]}
     if start := manifest["source"].get("start_sha256"):
         found["pretrained weights"] = start
@@ -179,8 +189,10 @@ def lock_digests(lock: dict[str, Any]) -> dict[str, str]:
 def workspace_digests(root: Path) -> dict[str, str]:
     """Digests of the files in a workspace, except images."""
     found = lock_digests(workspace_lock(root))
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        found |= export_digests(files.read_json(root / paths.EXPORT / "manifest.json"))
+    for folder in (paths.EXPORT, paths.LANGUAGE_EXPORT):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            for label, digest in export_digests(files.read_json(root / folder / "manifest.json")).items():
+                found.setdefault(label, digest)
     for label, path in (
         ("checkpoint", CHECKPOINT / WEIGHTS),
         ("checkpoint's config", CHECKPOINT / CONFIG),
@@ -189,9 +201,12 @@ def workspace_digests(root: Path) -> dict[str, str]:
     ):
         if (root / path).is_file():
             found.setdefault(label, files.sha256_file(root / path))
-    if digest := data_digest(root):
-        found["data manifest"] = digest
-    return found
+    named = {
+        "data manifest": data_digest(root),
+        "text manifest": data_digest(root, paths.TEXT),
+        "bundle manifest": bundle_digest(root),
+    }
+    return found | {label: digest for label, digest in named.items() if digest}
 
 
 def find_images(root: Path, prefix: str) -> dict[str, tuple[str, str]]:

@@ -108,20 +108,32 @@ def example_input(params: Params, root: Path, preprocessing: Preprocessing) -> A
 
 def version_tags(root: Path, manifest: dict[str, Any]) -> dict[str, str]:
     """What leads from a version back to its code, data, parameters and training run."""
-    data = files.read_json(root / paths.DATA / "manifest.json")
+    return {
+        "onnx.digest": manifest["variants"]["fp32"]["digest"],
+        "onnx.opset": str(manifest["opset"]),
+        **origin_tags(root, export=paths.EXPORT, data=paths.DATA, trained_by="finetune@pretrained"),
+    }
+
+
+def origin_tags(root: Path, *, export: Path, data: Path, trained_by: str) -> dict[str, str]:
+    """Code, data, parameters and training run of a version of any kind.
+
+    Args:
+        export, data: outputs in the workspace `root`; `data` has a manifest with digest, name and licence.
+        trained_by: label of the stage that trained.
+    """
+    described = files.read_json(root / data / "manifest.json")
     lock = read_lock(root / "dvc.lock")
     return {
         "git.commit": tracking.git_commit(),
         "git.dirty": str(tracking.git_is_dirty()).lower(),
-        "dvc.out_md5": locked_md5(lock, paths.EXPORT),
-        "onnx.digest": manifest["variants"]["fp32"]["digest"],
-        "onnx.opset": str(manifest["opset"]),
-        "data.digest": data["digest"],
-        "data.name": data["name"],
-        "data.md5": locked_md5(lock, paths.DATA),
+        "dvc.out_md5": locked_md5(lock, export),
+        "data.digest": described["digest"],
+        "data.name": described["name"],
+        "data.md5": locked_md5(lock, data),
         "params.sha256": hashlib.sha256((root / "params.yaml").read_bytes()).hexdigest(),
-        "train.run_id": read_receipts(root).get("finetune@pretrained", {}).get("run_id", ""),
-        "license": data["licence"],
+        "train.run_id": read_receipts(root).get(trained_by, {}).get("run_id", ""),
+        "license": described["licence"],
     }
 
 

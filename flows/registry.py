@@ -118,11 +118,10 @@ def register_folder(
     import mlflow.onnx
     import numpy as np
     import onnx
-    from mlflow.exceptions import MlflowException
     from mlflow.models.signature import ModelSignature
     from mlflow.types import Schema, TensorSpec
 
-    connection = client(params)
+    client(params)  # tells MLflow where the store is
     model = onnx.load(folder / "model.onnx")
     images = model.graph.input[0].name
     widths = {output.name: output.type.tensor_type.shape.dim[-1].dim_value for output in model.graph.output}
@@ -131,7 +130,6 @@ def register_folder(
         inputs=Schema([TensorSpec(float32, (-1, *example.shape[1:]), images)]),
         outputs=Schema([TensorSpec(float32, (-1, width), name) for name, width in widths.items()]),
     )
-    experiment = connection.get_run(run.run_id).info.experiment_id
     with tempfile.TemporaryDirectory() as temporary:
         package = Path(temporary) / "model"
         mlflow.onnx.save_model(
@@ -145,11 +143,32 @@ def register_folder(
         for stray in package.glob("model.onnx*"):
             stray.unlink()
         shutil.copytree(folder, package, dirs_exist_ok=True)
-        logged = connection.create_logged_model(
-            experiment, name=name, source_run_id=run.run_id, tags=dict(tags), model_type="onnx"
-        )
-        connection.log_model_artifacts(logged.model_id, str(package))
-        connection.finalize_logged_model(logged.model_id, "READY")
+        return _store(params, run, name, package, tags, "onnx")
+
+
+def register_bundle(params: Params, run: Run, name: str, folder: Path, tags: Mapping[str, str]) -> Version:
+    """Store a language model's bundle, byte for byte, as a new version of `name`. MLflow has no flavour for
+    it: the version is a folder with a description, which Lamina opens."""
+    from mlflow.models import Model
+
+    with tempfile.TemporaryDirectory() as temporary:
+        package = Path(temporary) / "model"
+        shutil.copytree(folder, package)
+        Model(metadata={"served_by": "trunkline serve language"}).save(str(package / "MLmodel"))
+        return _store(params, run, name, package, tags, "lamina")
+
+
+def _store(params: Params, run: Run, name: str, package: Path, tags: Mapping[str, str], kind: str) -> Version:
+    """Make the folder `package`, which holds MLflow's MLmodel, a new version of `name`."""
+    from mlflow.exceptions import MlflowException
+
+    connection = client(params)
+    experiment = connection.get_run(run.run_id).info.experiment_id
+    logged = connection.create_logged_model(
+        experiment, name=name, source_run_id=run.run_id, tags=dict(tags), model_type=kind
+    )
+    connection.log_model_artifacts(logged.model_id, str(package))
+    connection.finalize_logged_model(logged.model_id, "READY")
     try:
         connection.create_registered_model(name)
     except MlflowException as error:

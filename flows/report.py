@@ -20,6 +20,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from flows import files, params, paths, plots, results
+from flows.language_report import render_language_report
 from flows.markup import data_uri, format_number, format_size, inline_svg, percent, points, templates
 
 if TYPE_CHECKING:
@@ -85,6 +86,8 @@ def build_report(workspace: Path, extra: Mapping[str, Any]) -> Path:
 def render_report(workspace: Path, extra: Mapping[str, Any]) -> str:
     """The page as text."""
     checked = params.load(workspace / "params.yaml")
+    if checked.objective == "causal_lm":
+        return render_language_report(workspace, checked, extra)
     data = results.read_data(workspace)
     evaluations = results.read_evaluations(workspace)
     if not checked.pipeline.control:  # of an earlier run of this workspace

@@ -225,17 +225,25 @@ def read_parity(workspace: Path) -> Parity | None:
     )
 
 
-def read_receipts(workspace: Path) -> list[Receipt]:
-    """In the order of the pipeline."""
+STAGES = {
+    "image": ("ingest", "scale", "pretrain", "finetune", "evaluate", "export", "parity"),
+    "causal_lm": ("text", "language_pretrain", "language_evaluate", "language_export"),
+}
+"""Of each `objective`, in the order of the pipeline."""
+
+
+def read_receipts(workspace: Path, objective: str = "image") -> list[Receipt]:
+    """In the order of the pipeline; without those of the other track."""
     found = [_read_json(path) for path in sorted((workspace / paths.RECEIPTS).glob("*.json"))]
     receipts = [Receipt(**value) for value in found if value is not None]
-    return sorted(receipts, key=lambda receipt: (_position(receipt.stage), receipt.stage))
+    others = {stage for name, stages in STAGES.items() if name != objective for stage in stages}
+    order = STAGES[objective]
 
+    def position(receipt: Receipt) -> tuple[int, str]:
+        stage = receipt.stage.partition("@")[0]
+        return order.index(stage) if stage in order else len(order), receipt.stage
 
-def _position(label: str) -> int:
-    order = ("ingest", "scale", "pretrain", "finetune", "evaluate", "export", "parity")
-    stage = label.partition("@")[0]
-    return order.index(stage) if stage in order else len(order)
+    return sorted((receipt for receipt in receipts if receipt.stage not in others), key=position)
 
 
 # ------------------------------------------------------------------------------------------ files

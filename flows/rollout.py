@@ -26,6 +26,7 @@ from prefect.cache_policies import NO_CACHE  # noqa: E402
 from flows import aliases, serve  # noqa: E402
 from flows import params as parameters  # noqa: E402
 from flows.errors import ConfigError, DataError, GateFailed  # noqa: E402
+from flows.language_registration import is_language_model  # noqa: E402
 from flows.params import Params, Rollout  # noqa: E402
 from flows.registry import CHAMPION, Version  # noqa: E402
 from flows.serving.golden import Golden, compare, read_golden  # noqa: E402
@@ -107,6 +108,11 @@ def expectation(params: Params, name: str) -> Expected:
         DataError: no such model, no champion, or its files are damaged.
     """
     version = serve.find(params, name, CHAMPION, "")
+    if is_language_model(version):
+        raise DataError(
+            f"{name} is a language model, and `trunkline rollout` asks servers of image classifiers; restart "
+            "its servers with: trunkline serve language --model " + name
+        )
     digest = version.tags.get("onnx.digest")
     if not digest:
         raise DataError(f"{name} version {version.version} has no tag onnx.digest; register it again")

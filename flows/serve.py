@@ -21,6 +21,7 @@ from flows.serving.package import ModelPackage
 from flows.serving.traffic import TrafficRecorder, is_recorded
 from flows.serving.vision.model import Release
 from flows.serving.vision.service import VisionService
+from flows.text.sources import source_name
 
 
 def serve_registered(
@@ -33,10 +34,11 @@ def serve_registered(
         DataError: no such model, alias or version, or its files are not those that were registered.
         ResourceError: the port is taken or a provider is missing.
     """
-    from flows.serving.vision.server import listening_socket, serve
+    from flows.serving.listening import listening_socket
+    from flows.serving.vision.server import serve
 
     settings = override(params.serve, overrides)
-    with listening_socket(settings.host, settings.port):
+    with listening_socket(settings.host, settings.port, "serve"):
         pass  # an occupied port is reported before anything is fetched
     found = find(params, model or params.registered_model(dataset_name(params)), alias, version)
 
@@ -127,6 +129,22 @@ def dataset_name(params: Params) -> str:
     """Name of the data set in this workspace, which decides the registered model's name."""
     manifest = paths.DATA / "manifest.json"
     return str(files.read_json(manifest)["name"]) if manifest.is_file() else params.ingest.dataset
+
+
+def language_model_name(params: Params) -> str:
+    """Name of the registered model of this workspace's text."""
+    manifest = paths.TEXT / "manifest.json"
+    if manifest.is_file():
+        return params.registered_language_model(str(files.read_json(manifest)["name"]))
+    settings = params.ingest_text
+    return params.registered_language_model(source_name(settings.dataset, Path(settings.source)))
+
+
+def default_model(params: Params) -> str:
+    """Name of the registered model that `objective` is about."""
+    if params.objective == "causal_lm":
+        return language_model_name(params)
+    return params.registered_model(dataset_name(params))
 
 
 def find(params: Params, name: str, alias: str, version: str) -> Version:

@@ -32,6 +32,8 @@ def print_summary(summary: dict[str, Any], console: Console | None = None) -> No
 
 def summary_lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
     """Label and text of each line; lines whose stages did not run (unlabelled images) are left out."""
+    if summary.get("objective") == "causal_lm":
+        return _language_lines(summary)
     metrics = summary["metrics"]
     lines = [
         *([("smoke run", SMOKE_RUN)] if summary.get("smoke_run") else []),
@@ -56,6 +58,44 @@ def summary_lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
     if "registry" in summary:
         lines.append(("serve", _serve(summary["registry"])))
     return lines
+
+
+def _language_lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    metrics, registry = summary["metrics"], summary["registry"]
+    text, trained, judged = (metrics[name] for name in ("text", "language_pretrain", "language_evaluate"))
+    export, golden = metrics["language_export"], summary["smoke"]
+    return [
+        *([("smoke run", SMOKE_RUN)] if summary.get("smoke_run") else []),
+        (
+            "text",
+            f"{text['train_documents']} train, {text['val_documents']} val, {text['test_documents']} test "
+            f"documents, {text['train_tokens']:,} tokens to train on; {text['unusable']} unusable, "
+            f"{text['duplicates']} repeated",
+        ),
+        ("stages", _stages(summary)),
+        (
+            "pretrained",
+            f"decoder, {trained['parameters'] / 1e6:.2f} M parameters, {trained['steps']} steps, "
+            f"validation loss {trained['val_loss']:.4f}",
+        ),
+        (
+            "quality",
+            f"{judged['bits_per_byte']:.3f} bits per byte of test text (bigram "
+            f"{judged['bigram_bits_per_byte']:.3f}, unigram {judged['unigram_bits_per_byte']:.3f}), next "
+            f"token right {100 * judged['top1']:.1f} % (bigram {100 * judged['bigram_top1']:.1f} %)",
+        ),
+        (
+            "export",
+            f"{export['steps']} steps from {export['graphs']} graphs, logits within "
+            f"{export['max_logit_error']:.1e} of the model",
+        ),
+        ("registry", _registry(registry)),
+        *([("gates", _gates(registry))] if registry["gates"] else []),
+        ("golden", f"{golden['prompts']} prompts continued as recorded, {golden['tokens']} tokens"),
+        ("report", summary["report"]),
+        ("pages", f"{_command()} ui (starts both: runs in Prefect, records in MLflow)"),
+        ("serve", _serve(registry, "language")),
+    ]
 
 
 def _command() -> str:
@@ -143,9 +183,9 @@ def _gates(registry: dict[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def _serve(registry: dict[str, Any]) -> str:
+def _serve(registry: dict[str, Any], kind: str = "vision") -> str:
     """Without a version the champion is served, which may be an earlier run's."""
-    command = f"{_command()} serve vision --model {registry['name']}"
+    command = f"{_command()} serve {kind} --model {registry['name']}"
     return command if "champion" in registry["aliases"] else f"{command} --version {registry['version']}"
 
 

@@ -503,6 +503,8 @@ def provenance_tags() -> dict[str, str]:
         tags["dvc.lock_sha256"] = files.sha256_file(lock)
     if (manifest := paths.DATA / "manifest.json").is_file():
         tags["data.digest"] = files.read_json(manifest)["digest"]
+    if (manifest := paths.TEXT / "manifest.json").is_file():
+        tags["text.digest"] = files.read_json(manifest)["digest"]
     if name := os.environ.get("DVC_EXP_NAME"):
         tags["dvc.experiment"] = name
     return tags

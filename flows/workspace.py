@@ -27,8 +27,9 @@ import yaml
 
 from flows import files, params, paths, recipes
 from flows.data.sources import DIGITS_SOURCE, resolve
-from flows.errors import ConfigError, ResourceError
+from flows.errors import ConfigError, DataError, ResourceError
 from flows.params import Params
+from flows.text.sources import source_name
 
 CODE = ("flows", "models", "dvc.yaml", "constraints.txt", "recipes")
 NAME_LETTERS = 40  # of the recipe or data set in a workspace's name
@@ -91,6 +92,9 @@ def merge(
     home = paths.home()
     base = params.read(home / "params.yaml")
     values, chosen = base, {}
+    text: dict[str, str] = {}
+    if dataset and _objective(base, recipe, settings, home) == "causal_lm":
+        text, dataset = _resolve_text(dataset), ""
     if dataset:
         kind, source = resolve(dataset, home)
         if (home / "recipes" / f"{kind}.yaml").is_file():
@@ -105,7 +109,7 @@ def merge(
     if smoke:
         values = recipes.shrink(values, home)
         chosen = chosen or {"dataset": "digits", "source": DIGITS_SOURCE}
-    values = params.overlay(values, {"ingest": chosen}, "data set")
+    values = params.overlay(values, {"ingest": chosen, "ingest_text": text}, "data set")
     for setting in settings:
         values = params.overlay(values, params.parse_setting(setting), f"--set {setting}")
     before, now = base["ingest"], values["ingest"]
@@ -115,6 +119,29 @@ def merge(
             "(--dataset), or try the recipe on bundled images with SMOKE=1 (--smoke)"
         )
     return values
+
+
+def _objective(base: dict[str, Any], recipe: str, settings: Sequence[str], home: Path) -> Any:
+    """What the run will make; the last word has `settings`."""
+    found = (recipes.apply(base, recipe, home) if recipe else base).get("objective")
+    for setting in settings:
+        found = params.parse_setting(setting).get("objective", found)
+    return found
+
+
+def _resolve_text(dataset: str) -> dict[str, str]:
+    """The values of ingest_text.dataset and ingest_text.source for a folder of texts or one text.
+
+    Raises:
+        DataError: there is no such thing.
+    """
+    source = Path(dataset).expanduser()
+    if not source.exists():
+        raise DataError(
+            f"DATASET={dataset} does not exist; with objective causal_lm it is a folder of .txt and .md "
+            "files, or one such file"
+        )
+    return {"dataset": "files", "source": os.path.abspath(source)}
 
 
 def locate(values: dict[str, Any], checked: Params, hint: str) -> Workspace:
@@ -129,9 +156,15 @@ def locate(values: dict[str, Any], checked: Params, hint: str) -> Workspace:
 
 def _name(changed: dict[str, Any], hint: str, checked: Params) -> str:
     digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:8]
-    stem = Path(hint).stem if hint else checked.ingest.dataset
+    stem = Path(hint).stem if hint else _data_name(checked)
     plain = re.sub(r"[^A-Za-z0-9_-]+", "-", stem)[:NAME_LETTERS].strip("-")
     return f"{plain or 'run'}-{digest}"
+
+
+def _data_name(checked: Params) -> str:
+    if checked.objective == "causal_lm":
+        return source_name(checked.ingest_text.dataset, Path(checked.ingest_text.source))
+    return checked.ingest.dataset
 
 
 def populate(root: Path, values: dict[str, Any]) -> None:

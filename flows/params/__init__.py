@@ -4,6 +4,14 @@ There are no defaults here: the file is the only source. `load()` checks all sec
 names the offending key. Overlays (recipes, `--set key=value`) are merged before the check and add no keys.
 """
 
+from flows.params.causal_lm import (
+    Decoder,
+    IngestText,
+    LanguageEvaluate,
+    LanguageExport,
+    LanguagePretrain,
+    LanguagePromotion,
+)
 from flows.params.fields import Count, Section
 from flows.params.language import Lamina
 from flows.params.learning import (
@@ -44,12 +52,18 @@ from flows.params.root import Params
 
 __all__ = [
     "Count",
+    "Decoder",
     "Distributed",
     "Evaluate",
     "Export",
     "Finetune",
     "Ingest",
+    "IngestText",
     "Lamina",
+    "LanguageEvaluate",
+    "LanguageExport",
+    "LanguagePretrain",
+    "LanguagePromotion",
     "LinearProbe",
     "Loader",
     "MoBYPretext",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from flows.params.fields import Count, NonNegative, Positive, Section
 
@@ -84,3 +84,18 @@ class Lamina(Section):
     http: LaminaHttp
     metrics: LaminaMetrics
     exact: LaminaExact
+
+    @property
+    def processes(self) -> int:
+        """Attention workers to start: those that compute, the one with parity, spares."""
+        cluster = self.cluster
+        parity = self.kv.redundancy == "parity"
+        return cluster.attention_workers + cluster.spares + parity if cluster.attention_workers else 0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.kv.redundancy == "parity" and (
+            self.cluster.partition != "head" or not self.cluster.attention_workers
+        ):
+            raise ValueError("kv.redundancy parity needs attention workers with cluster.partition head")
+        return self

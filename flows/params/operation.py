@@ -42,6 +42,7 @@ class Parity(Section):
 
 class Registry(Section):
     model_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.{}-]+$")]
+    language_model_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.{}-]+$")]
 
 
 class Promotion(Section):

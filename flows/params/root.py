@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import model_validator
 
+from flows.params.causal_lm import (
+    Decoder,
+    IngestText,
+    LanguageEvaluate,
+    LanguageExport,
+    LanguagePretrain,
+    LanguagePromotion,
+)
 from flows.params.fields import (
     Count,
     Section,
@@ -41,6 +49,7 @@ from flows.params.operation import (
 
 class Params(Section):
     seed: Count
+    objective: Literal["image", "causal_lm"]
     ingest: Ingest
     scale: Scale
     model: Model
@@ -52,6 +61,12 @@ class Params(Section):
     evaluate: Evaluate
     export: Export
     parity: Parity
+    ingest_text: IngestText
+    decoder: Decoder
+    language_pretrain: LanguagePretrain
+    language_evaluate: LanguageEvaluate
+    language_export: LanguageExport
+    language_promotion: LanguagePromotion
     registry: Registry
     promotion: Promotion
     serve: Serve
@@ -92,6 +107,11 @@ class Params(Section):
                 raise ValueError(
                     f"{name}.subset {subset} is not among scale.percentages {self.scale.percentages}"
                 )
+        if self.language_pretrain.context > self.decoder.max_context:
+            raise ValueError(
+                f"language_pretrain.context {self.language_pretrain.context} must not exceed "
+                f"decoder.max_context {self.decoder.max_context}"
+            )
         return self
 
     def finetune_model(self) -> Model:
@@ -103,3 +123,7 @@ class Params(Section):
     def registered_model(self, dataset: str) -> str:
         """Name in the model registry for what was trained on `dataset`."""
         return self.registry.model_name.replace("{dataset}", dataset)
+
+    def registered_language_model(self, dataset: str) -> str:
+        """The same for a language model that was trained on the text `dataset`."""
+        return self.registry.language_model_name.replace("{dataset}", dataset)

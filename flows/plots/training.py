@@ -60,6 +60,7 @@ _PANELS = (
     _Panel("Learning rate", "of the top layer", "lr"),
     _Panel("Gradient norm", "before clipping", "grad_norm"),
     _Panel("Throughput", "images/s", "images_per_s"),
+    _Panel("Throughput", "tokens/s", "tokens_per_s"),
     _Panel("Memory", "MB", "memory_mb"),
 )
 
@@ -67,8 +68,8 @@ _PANELS = (
 def curves(runs: Mapping[str, History], format: Format = "png") -> bytes:
     """One panel per recorded quantity over optimiser steps; one colour per run.
 
-    Known columns: train_loss, lr, grad_norm, images_per_s, memory_mb; val_loss, val_top1 and knn_top1
-    (fractions).
+    Known columns: train_loss, lr, grad_norm, images_per_s, tokens_per_s, memory_mb; val_loss, val_top1 and
+    knn_top1 (fractions).
 
     Raises:
         ValueError: no run has any of them.
@@ -108,7 +109,7 @@ def _draw_panel(axes: Any, panel: _Panel, runs: Mapping[str, History]) -> None:
         _draw_run(axes, panel, run, colour, f"{name}: " if len(runs) > 1 else "")
     plain_ticks(axes.xaxis)
     plain_ticks(axes.yaxis)
-    if panel.train in ("images_per_s", "memory_mb"):
+    if panel.train in ("images_per_s", "tokens_per_s", "memory_mb"):
         axes.set_ylim(0, 1.12 * axes.get_ylim()[1])
     if (panel.train and panel.validation) or len(runs) > 1:
         draw_legend(axes)

@@ -1,7 +1,7 @@
-"""What a backbone is trained to do without labels, behind one small interface (`Pretext`).
+"""What a network is trained to do without labels, behind one small interface (`Pretext`).
 
-The stage `pretrain` and the training loop know nothing more of it; another pretext is a module here, its
-network in `models/pretext`, and a line in `_PRETEXTS`.
+The pretraining stages and the training loop know nothing more of it; another pretext is a module here, its
+network in `models/pretext`, and for images a line in `_PRETEXTS`. `causal_lm` is that of the language track.
 """
 
 from __future__ import annotations
@@ -9,15 +9,16 @@ from __future__ import annotations
 from flows.errors import ConfigError
 from flows.imaging import Preprocessing
 from flows.params import Params
+from flows.pretexts.images import ImagePretext
 from flows.pretexts.interface import Pretext
 from flows.pretexts.moby import MoBYPretext
 from flows.pretexts.simmim import SimMIMPretext
 from flows.training import Processes
 
-_PRETEXTS: dict[str, type[Pretext]] = {"simmim": SimMIMPretext, "moby": MoBYPretext}
+_PRETEXTS: dict[str, type[ImagePretext]] = {"simmim": SimMIMPretext, "moby": MoBYPretext}
 
 
-def create(params: Params, preprocessing: Preprocessing, processes: Processes) -> Pretext:
+def create(params: Params, preprocessing: Preprocessing, processes: Processes) -> ImagePretext:
     """The pretext that params.yaml names, with a model of random weights (torch's generator).
 
     Raises:
@@ -29,4 +30,4 @@ def create(params: Params, preprocessing: Preprocessing, processes: Processes) -
         raise ConfigError(f"params.yaml: `model` or `pretrain`: {error}") from None
 
 
-__all__ = ["Pretext", "create"]
+__all__ = ["ImagePretext", "Pretext", "create"]

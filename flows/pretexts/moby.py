@@ -17,7 +17,7 @@ from flows.data import Batch, ImageDataset
 from flows.data.views import Squeeze, Views, two_views
 from flows.imaging import Preprocessing
 from flows.params import Params
-from flows.pretexts.interface import Pretext
+from flows.pretexts.images import ImagePretext
 from flows.training import Processes
 from models.pretext.moby import MoBY
 
@@ -25,7 +25,7 @@ VALIDATION_SEED = 2**32
 """Of the fixed views; no run is seeded alike, and all runs are validated on the same views."""
 
 
-class MoBYPretext(Pretext):
+class MoBYPretext(ImagePretext):
     model: MoBY
 
     def __init__(self, params: Params, preprocessing: Preprocessing, processes: Processes) -> None:
@@ -52,9 +52,9 @@ class MoBYPretext(Pretext):
         value: torch.Tensor = engine(view_1, view_2, begins_step).loss
         return value
 
-    def loss_on(self, images: ImageDataset, engine: Any) -> float:
+    def loss_on(self, data: ImageDataset, engine: Any) -> float:
         total = count = 0.0
-        for batch, weight in self.eval_batches(images):
+        for batch, weight in self.eval_batches(data):
             losses = engine(*self._views(batch, batch.rows, VALIDATION_SEED)).losses
             total += weight * float(losses.double().sum())
             count += weight * len(losses)

@@ -17,7 +17,7 @@ from flows import plots
 from flows.data import Augmentation, Batch, ImageDataset, ImageTransform, to_model_input
 from flows.imaging import Preprocessing
 from flows.params import Params
-from flows.pretexts.interface import Pretext
+from flows.pretexts.images import ImagePretext
 from flows.training import Processes
 from models.backbones.layers import DropPath
 from models.pretext.masks import average_distance, masks_from_ids, upsample_masks
@@ -31,7 +31,7 @@ DISTANCE_MASKS = 64
 """Of the validation split, whose mean AvgDist is logged."""
 
 
-class SimMIMPretext(Pretext):
+class SimMIMPretext(ImagePretext):
     model: SimMIM
 
     def __init__(self, params: Params, preprocessing: Preprocessing, processes: Processes) -> None:
@@ -57,13 +57,13 @@ class SimMIMPretext(Pretext):
         value: torch.Tensor = engine(self.normalized(batch), masks).loss
         return value
 
-    def loss_on(self, images: ImageDataset, engine: Any, transform: ImageTransform | None = None) -> float:
+    def loss_on(self, data: ImageDataset, engine: Any, transform: ImageTransform | None = None) -> float:
         """
         Args:
             transform: prepares the images instead of the centre crop, seeded by the image.
         """
         total = masked = 0.0
-        for batch, weight in self.eval_batches(images, transform):
+        for batch, weight in self.eval_batches(data, transform):
             output = engine(self.normalized(batch), self._masks(batch.rows))
             total += weight * float(output.loss_sum)
             masked += weight * float(output.masked_pixels)
@@ -96,9 +96,9 @@ class SimMIMPretext(Pretext):
         kind = self.settings.simmim.mask_kind
         return masks_from_ids(ids, self.model.mask_grid, self.settings.mask_ratio, kind)
 
-    def measures(self, images: ImageDataset) -> dict[str, float]:
+    def measures(self, data: ImageDataset) -> dict[str, float]:
         """AvgDist of the first validation masks, pixels: 10 to 20 served best (section 4.1.2)."""
-        masks = self._draw_masks(torch.arange(min(DISTANCE_MASKS, len(images))))
+        masks = self._draw_masks(torch.arange(min(DISTANCE_MASKS, len(data))))
         return {"mask_distance": float(average_distance(masks, self.model.mask_unit).mean())}
 
     def describe(self) -> dict[str, Any]:

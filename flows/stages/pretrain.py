@@ -27,7 +27,7 @@ from flows.data import (
 )
 from flows.imaging import Preprocessing
 from flows.params import Params
-from flows.pretexts import Pretext
+from flows.pretexts import ImagePretext
 from flows.stage import Stage, is_main_process, run_stage
 from flows.training import (
     Checkpoints,
@@ -158,7 +158,7 @@ def write_outputs(
     stage: Stage,
     manifest: Manifest,
     result: Result,
-    trained: Pretext,
+    trained: ImagePretext,
     validation: ImageDataset,
     preprocessing: Preprocessing,
 ) -> None:

@@ -58,6 +58,8 @@ class Job(Generic[Batch]):
     continue_from: Path | None = None
     """A checkpoint of another run whose weights, optimiser and step are taken over."""
     label: str = ""  # shown in the log, default: the name
+    unit: str = "images"  # what the speed in the log counts
+    units_per_sample: int = 1  # of these in one of the settings' batch_size
     on_log: Callable[[Row, int], None] = lambda row, step: None
     stop_requested: Callable[[], bool] = lambda: False
 
@@ -100,7 +102,7 @@ def train(job: Job[Any], processes: Processes, checkpoints: Checkpoints) -> Resu
         )
     engine = build_engine(job.model, build_optimizer(job.model, job.groups, settings), settings, processes)
     state, began, path = _begin(job, engine, checkpoints, processes)
-    progress = Progress(job.label or job.name, settings.steps, processes.is_main)
+    progress = Progress(job.label or job.name, settings.steps, processes.is_main, job.unit)
     progress.note(began)
     # what params.yaml says counts, not what a checkpoint says (DeepSpeed's universal form says it wrongly)
     for group, optimizer_group in zip(job.groups, engine.optimizer.param_groups, strict=True):
@@ -139,7 +141,10 @@ def train(job: Job[Any], processes: Processes, checkpoints: Checkpoints) -> Resu
                 "train_loss": processes.sum([float(loss_sum)])[0] / processes.world_size / steps,
                 "lr": learning_rate(step, settings),
                 "grad_norm": _gradient_norm(engine),
-                "images_per_s": stepping.laps * settings.batch_size / max(stepping.reset(), 1e-9),
+                f"{job.unit}_per_s": stepping.laps
+                * settings.batch_size
+                * job.units_per_sample
+                / max(stepping.reset(), 1e-9),
                 "memory_mb": peak_memory_mb(),
             }
             _check_finite(row["train_loss"], job, step)
@@ -280,8 +285,8 @@ class Stopwatch:
 class Progress:
     """One refreshed line on a terminal, plain lines elsewhere, silence on other processes."""
 
-    def __init__(self, name: str, steps: int, is_main: bool) -> None:
-        self.name, self.steps, self.enabled = name, steps, is_main
+    def __init__(self, name: str, steps: int, is_main: bool, unit: str = "images") -> None:
+        self.name, self.steps, self.enabled, self.unit = name, steps, is_main, unit
         self.is_terminal = sys.stderr.isatty()
         self.started, self.first_step = time.monotonic(), -1
 
@@ -297,7 +302,7 @@ class Progress:
         left = (time.monotonic() - self.started) / done * (self.steps - step) if done else 0.0
         text = (
             f"{self.name}: step {step}/{self.steps}  loss {row['train_loss']:.4f}  lr {row['lr']:.2e}  "
-            f"{row['images_per_s']:.0f} images/s"
+            f"{row[f'{self.unit}_per_s']:.0f} {self.unit}/s"
             + (f"  {left:.0f} s left" if done and step < self.steps else "")
         )
         if self.enabled:

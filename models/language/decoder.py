@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class DecoderConfig:
     num_key_value_heads: int
     head_dim: int
     max_position_embeddings: int  # tokens
+    rope: bool = True  # false: no positions at all, the causal mask alone tells order (arXiv 2305.19466)
     rope_theta: float = 10_000.0
     rms_norm_eps: float = 1e-5
     tie_word_embeddings: bool = False
@@ -48,12 +50,21 @@ class DecoderConfig:
             raise ValueError(f"head_dim is {self.head_dim}; rotary embeddings turn pairs, so it must be even")
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of a config.json that `LlamaForCausalLM` understands."""
+        """The content of a config.json that `LlamaForCausalLM` understands; without rotary embeddings one for
+        `SmolLM3ForCausalLM`, which is the same decoder with layers that may lack them."""
         sizes = asdict(self)
-        theta = sizes.pop("rope_theta")
+        theta, rope = sizes.pop("rope_theta"), sizes.pop("rope")
+        kind: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+        if not rope:
+            kind = {
+                "architectures": ["SmolLM3ForCausalLM"],
+                "model_type": "smollm3",
+                "no_rope_layers": [0] * self.num_hidden_layers,  # 1 would be a layer with them
+                "use_sliding_window": False,
+                "pad_token_id": None,  # its own default may lie outside of the vocabulary
+            }
         return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
+            **kind,
             **sizes,
             "hidden_act": "silu",
             "attention_bias": False,
@@ -71,7 +82,9 @@ class DecoderConfig:
         """
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         kind = rope.get("rope_type", rope.get("type", "default"))
-        asked = {"model_type": (config.get("model_type"), "llama"), "rope_type": (kind, "default"),
+        has_rope = config.get("model_type") != "smollm3" or any(config.get("no_rope_layers") or [1])
+        known_type = "llama" if has_rope else "smollm3"
+        asked = {"model_type": (config.get("model_type"), known_type), "rope_type": (kind, "default"),
                  "hidden_act": (config.get("hidden_act", "silu"), "silu"),
                  "attention_bias": (config.get("attention_bias", False), False),
                  "mlp_bias": (config.get("mlp_bias", False), False)}  # fmt: skip
@@ -88,6 +101,7 @@ class DecoderConfig:
             num_key_value_heads=config.get("num_key_value_heads") or heads,
             head_dim=config.get("head_dim") or config["hidden_size"] // heads,
             max_position_embeddings=config["max_position_embeddings"],
+            rope=has_rope,
             rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10_000.0))),
             rms_norm_eps=config.get("rms_norm_eps", 1e-6),
             tie_word_embeddings=config.get("tie_word_embeddings", False),
@@ -125,18 +139,24 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
 
     def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor], past: tuple[Tensor, Tensor] | None
+        self,
+        x: Tensor,
+        rotation: tuple[Tensor, Tensor] | None,
+        seen: Tensor,
+        past: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """
+        Args:
+            seen: bool, broadcast to (B, heads, T, S): which tokens each new one attends to.
+        """
         q, k, v = (
             projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, heads, T, E)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = rotate(q, *rotation), rotate(k, *rotation)
+        if rotation is not None:
+            q, k = rotate(q, *rotation), rotate(k, *rotation)
         if past is not None:
             k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)
-        # Query t of the T new ones is token S - T + t, and sees all tokens up to itself.
-        new, total = q.shape[2], k.shape[2]
-        seen = torch.ones(new, total, dtype=torch.bool, device=x.device).tril(total - new)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
         return self.o_proj(mixed.transpose(1, 2).flatten(2)), (k, v)
 
@@ -164,9 +184,13 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor], past: tuple[Tensor, Tensor] | None
+        self,
+        x: Tensor,
+        rotation: tuple[Tensor, Tensor] | None,
+        seen: Tensor,
+        past: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        mixed, kept = self.self_attn(self.input_layernorm(x), rotation, past)
+        mixed, kept = self.self_attn(self.input_layernorm(x), rotation, seen, past)
         x = x + mixed
         return x + self.mlp(self.post_attention_layernorm(x)), kept
 
@@ -182,11 +206,17 @@ class Trunk(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Token ids → logits of the next token at every position."""
+    """Token ids → logits of the next token at every position.
 
-    def __init__(self, config: DecoderConfig) -> None:
+    Args:
+        recomputed_layers: first layers whose activations the backward pass computes again: less memory, more
+            time.
+    """
+
+    def __init__(self, config: DecoderConfig, recomputed_layers: int = 0) -> None:
         super().__init__()
         self.config = config
+        self.recomputed_layers = recomputed_layers
         self.model = Trunk(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         for module in self.modules():
@@ -195,22 +225,39 @@ class Decoder(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, input_ids: Tensor, past: Cache | None = None) -> tuple[Tensor, Cache]:
+    def forward(
+        self, input_ids: Tensor, past: Cache | None = None, documents: Tensor | None = None
+    ) -> tuple[Tensor, Cache]:
         """
         Args:
             input_ids: (B, T) tokens that follow those of `past`.
+            documents: (B, T) numbers, equal for the tokens of one document, which stand together: several
+                documents in a row do not see one another, and each counts its positions from 0. Not beside
+                `past`.
 
         Returns:
             Logits (B, T, V), and the cache with the new tokens.
         """
         start = past[0][0].shape[2] if past else 0
-        positions = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)
+        new, device = input_ids.shape[1], input_ids.device
+        positions = torch.arange(start, start + new, device=device)
+        # Query t of the T new ones is token S - T + t, and sees all tokens up to itself.
+        seen = torch.ones(new, start + new, dtype=torch.bool, device=device).tril(start)
+        if documents is not None:
+            positions = positions_within(documents)[:, None]  # (B, 1, T), the same for all heads
+            seen = seen & (documents[:, None, :, None] == documents[:, None, None, :])
         x = self.model.embed_tokens(input_ids)
-        rotation = angles(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
+        rotation = None
+        if self.config.rope:
+            rotation = angles(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
         kept: Cache = []
         for index, layer in enumerate(self.model.layers):
-            x, new = layer(x, rotation, past[index] if past else None)
-            kept.append(new)
+            before = past[index] if past else None
+            if self.training and index < self.recomputed_layers:
+                x, both = checkpoint(layer, x, rotation, seen, before, use_reentrant=False)
+            else:
+                x, both = layer(x, rotation, seen, before)
+            kept.append(both)
         return self.lm_head(self.model.norm(x)), kept
 
     @torch.no_grad()
@@ -241,10 +288,18 @@ class Decoder(nn.Module):
         return text
 
 
+def positions_within(documents: Tensor) -> Tensor:
+    """(B, T) numbers of documents → (B, T) places within them, counted from where each begins in its row."""
+    places = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    begins = torch.zeros_like(places)
+    begins[:, 1:] = torch.where(documents[:, 1:] != documents[:, :-1], places[:, 1:], 0)
+    return places - begins.cummax(1).values
+
+
 def angles(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of every position, each (T, E): the E/2 frequencies twice, one after the other."""
+    """Cosines and sines of positions (…, T), each (…, T, E): the E/2 frequencies twice, side by side."""
     even = torch.arange(0, head_dim, 2, device=positions.device).float()
-    turns = positions.float()[:, None] * theta ** -(even / head_dim)
+    turns = positions.float()[..., None] * theta ** -(even / head_dim)
     turns = torch.cat((turns, turns), -1)
     return turns.cos().to(dtype), turns.sin().to(dtype)
 

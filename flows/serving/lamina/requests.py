@@ -23,6 +23,9 @@ MAX_ALTERNATIVES = 20
 
 RequestId = Annotated[str, Field(min_length=1, max_length=128)]
 Seconds = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+WorkerAddress = Annotated[
+    tuple[Annotated[str, Field(min_length=1)], Annotated[int, Field(ge=1, le=65535)]], Field(strict=False)
+]
 Token = Annotated[int, Field(ge=0, lt=1 << 31)]
 
 
@@ -84,6 +87,16 @@ class Drain(Message):
     """Admit nothing more; the engine ends when nothing runs."""
 
     type: Literal["drain"] = "drain"
+
+
+class WorkersMoved(Message):
+    """Where all attention workers are now, spares last, after one had to be placed on another host.
+
+    What is not listed is gone for good.
+    """
+
+    type: Literal["workers_moved"] = "workers_moved"
+    addresses: Annotated[tuple[WorkerAddress, ...], Field(strict=False, min_length=1)]
 
 
 class AskMetrics(Message):
@@ -176,7 +189,7 @@ class MetricsText(Message):
     text: str
 
 
-ToEngine = Submit | Cancel | Follow | Drain | AskMetrics
+ToEngine = Submit | Cancel | Follow | Drain | WorkersMoved | AskMetrics
 FromEngine = Accepted | Rejected | TokenEvent | Finished | WorkerLost | Heartbeat | MetricsText
 
 _to_engine: TypeAdapter[ToEngine] = TypeAdapter(Annotated[ToEngine, Field(discriminator="type")])

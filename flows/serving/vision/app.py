@@ -26,6 +26,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
+from flows.serving.bodies import read_body
 from flows.serving.vision import descriptions, protocol
 from flows.serving.vision.access_log import AccessLog
 from flows.serving.vision.gateway import EXCHANGE, Gateway
@@ -34,7 +35,7 @@ from flows.serving.vision.model import LoadedModel, softmax
 from flows.serving.vision.observing import OnBatch, OnRequest
 from flows.serving.vision.openapi import document
 from flows.serving.vision.service import Exchange, Limits, VisionService
-from flows.serving.vision.uploads import extract_image, prepare_image, read_body
+from flows.serving.vision.uploads import extract_image, prepare_image
 
 TOP_K = 5
 INLINE_BYTES = 65_536  # JSON up to this size is parsed on the event loop: handing it over costs more

@@ -13,7 +13,7 @@ import orjson
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from flows.serving.vision.protocol import RequestError
+from flows.serving.bodies import RequestError
 from flows.serving.vision.service import Exchange, VisionService
 
 EXCHANGE = "trunkline.exchange"

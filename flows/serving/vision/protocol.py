@@ -18,22 +18,13 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from flows.serving.bodies import RequestError
 from flows.serving.package import TensorSpec
 
 SERVER_NAME = "trunkline-vision"
 EXTENSIONS = ["binary_tensor_data", "statistics", "model_configuration"]
 HEADER_LENGTH = "Inference-Header-Content-Length"
 ONNX_PLATFORM = "onnxruntime_onnx"
-
-
-class RequestError(Exception):
-    """Why a request is not answered as asked: `status`, `headers` and `{"error": message}`."""
-
-    def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
-        super().__init__(message)
-        self.status = status
-        self.message = message
-        self.headers = dict(headers or {})
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,6 @@ stop, the server is not ready at once, answers what it has admitted within `serv
 
 from __future__ import annotations
 
-import errno
-import os
 import signal
 import socket
 import threading
@@ -20,15 +18,15 @@ from types import FrameType
 
 import uvicorn
 
-from flows.errors import ConfigError, ResourceError, explain_os_error
+from flows.errors import ResourceError, explain_os_error
 from flows.params import Serve
+from flows.serving.listening import listening_socket, server_url
 from flows.serving.vision.access_log import AccessLog
 from flows.serving.vision.app import create_app
 from flows.serving.vision.model import Release, load_model
 from flows.serving.vision.observing import OnBatch, OnRequest
 from flows.serving.vision.service import Limits, VisionService
 
-BACKLOG = 128
 IDLE_CONNECTIONS = 256  # beside those with a request; further ones get 503
 KEEP_ALIVE_S = 10
 CUT_OFF_S = 2  # for answers to leave after the drain
@@ -69,7 +67,7 @@ def serve(
     """
     # what Pillow remarks on damaged uploads would fill the log; what it cannot read is answered with 4xx
     warnings.filterwarnings("ignore", module=r"PIL\.")
-    with listening_socket(settings.host, settings.port) as listener:
+    with listening_socket(settings.host, settings.port, "serve") as listener:
         release = Release(folder, version, git_commit, name, digest)
         model = load_model(release, settings, max_pixels)
         app = create_app(
@@ -96,7 +94,7 @@ def serve(
         )
         print(
             f"serving {model.info.name} version {version} ({model.info.variant} on {model.session.provider}, "
-            f"digest {model.digest[:12]}) at {_url(listener)}",
+            f"digest {model.digest[:12]}) at {server_url(listener)}",
             flush=True,
         )
         del model  # the service holds it, as long as it is the one in use
@@ -111,52 +109,6 @@ def _access_log(settings: Serve) -> AccessLog:
         raise explain_os_error(error) or ResourceError(
             f"serve.access_log {settings.access_log!r} cannot be written: {error.strerror}"
         ) from None
-
-
-@contextmanager
-def listening_socket(host: str, port: int) -> Iterator[socket.socket]:
-    """A socket that already listens: clients that come during loading wait instead of being refused.
-
-    Raises:
-        ResourceError, ConfigError: see `serve`.
-    """
-    try:
-        family, _, _, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-    except (socket.gaierror, UnicodeError):
-        raise ConfigError(f"serve.host {host!r} is not a known host name or address") from None
-    with socket.socket(family, socket.SOCK_STREAM) as listener:
-        if os.name == "posix":  # elsewhere this option would let two servers share the port
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(address)
-            listener.listen(BACKLOG)
-        except OSError as error:
-            raise _explain_bind(error, host, port) from None
-        yield listener
-
-
-def _explain_bind(error: OSError, host: str, port: int) -> ResourceError | ConfigError:
-    if error.errno == errno.EADDRINUSE:
-        return ResourceError(
-            f"port {port} on {host} is already in use; choose another one with serve.port or stop the "
-            "program that holds it"
-        )
-    if error.errno == errno.EACCES:
-        return ResourceError(
-            f"port {port} on {host} is reserved for administrators; choose one above 1023 with serve.port"
-        )
-    if error.errno == errno.EADDRNOTAVAIL:
-        return ConfigError(
-            f"serve.host {host!r} is not an address of this machine; 127.0.0.1 is its loopback"
-        )
-    return ResourceError(f"cannot listen on {host} port {port}: {error.strerror}")
-
-
-def _url(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"http://{'[' + host + ']' if ':' in host else host}:{port}"
 
 
 class _Server(uvicorn.Server):

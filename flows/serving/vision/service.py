@@ -21,13 +21,12 @@ from numpy.typing import NDArray
 from starlette.requests import ClientDisconnect, Request
 
 from flows.params import Serve
+from flows.serving.bodies import CLOSE, RequestError
 from flows.serving.vision.access_log import OFF, AccessLog
 from flows.serving.vision.batching import Batch, Batcher, Expired, QueueFull, Stopped, Work
 from flows.serving.vision.metrics import Metrics
 from flows.serving.vision.model import LoadedModel, Release, load_model
 from flows.serving.vision.observing import BatchInfo, Observer, OnBatch, OnRequest
-from flows.serving.vision.protocol import RequestError
-from flows.serving.vision.uploads import CLOSE
 
 TIMEOUT_HEADER = "X-Request-Timeout-Ms"
 WATCH_AFTER_S = 0.02  # a request that waits longer than this is watched for its client going away

@@ -21,13 +21,13 @@ from served_digits import LIMITS, loaded
 from serving_workspace import Exported
 
 from flows.imaging import decode, preprocess
+from flows.serving import bodies
+from flows.serving.bodies import RequestError
 from flows.serving.session import Session
 from flows.serving.statistics import pixel_statistics
 from flows.serving.traffic import TrafficRecorder, read_window, traffic_folder
-from flows.serving.vision import uploads
 from flows.serving.vision.app import create_app
 from flows.serving.vision.model import softmax
-from flows.serving.vision.protocol import RequestError
 
 INFER = "/v2/models/digits/infer"
 
@@ -447,12 +447,12 @@ def test_a_body_that_never_ends_times_out(client: TestClient, monkeypatch: pytes
 
         scope = {"type": "http", "headers": [], "method": "POST", "path": "/"}
         with pytest.raises(RequestError) as caught:
-            await uploads.read_body(Request(scope, receive), 100)
+            await bodies.read_body(Request(scope, receive), 100)
         assert caught.value.status == 408
 
     import anyio
 
-    monkeypatch.setattr(uploads, "BODY_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(bodies, "BODY_TIMEOUT_S", 0.01)
     anyio.run(ask)
 
 

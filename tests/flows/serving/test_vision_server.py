@@ -18,8 +18,9 @@ from serving_workspace import ROOT, Exported
 
 from flows import paths
 from flows.errors import ConfigError, DataError, ResourceError
+from flows.serving.listening import listening_socket
 from flows.serving.vision import server
-from flows.serving.vision.server import listening_socket, serve
+from flows.serving.vision.server import serve
 
 PROGRAM = """
 import sys
@@ -112,7 +113,7 @@ def test_a_damaged_package_frees_the_port_again(workspace: Path, exported: Expor
     settings = exported.params.serve.model_copy(update={"port": free_port()})
     with pytest.raises(DataError, match="was changed after its export"):
         serve(paths.EXPORT, settings, version="1", git_commit="c0ffee", max_pixels=10**6)
-    with listening_socket("127.0.0.1", settings.port):
+    with listening_socket("127.0.0.1", settings.port, "serve"):
         pass
 
 
@@ -136,13 +137,13 @@ def test_a_missing_provider_refuses_to_start(exported: Exported) -> None:
 
 @pytest.mark.parametrize("host", ["not a host", "203.0.113.7"])
 def test_a_wrong_host_is_a_configuration_error(host: str) -> None:
-    with pytest.raises(ConfigError, match=r"serve\.host"), listening_socket(host, 0):
+    with pytest.raises(ConfigError, match=r"serve\.host"), listening_socket(host, 0, "serve"):
         pass
 
 
 def test_clients_wait_while_the_model_loads() -> None:
     with (
-        listening_socket("127.0.0.1", 0) as listener,
+        listening_socket("127.0.0.1", 0, "serve") as listener,
         socket.create_connection(listener.getsockname()) as early,
     ):
         accepted, _ = listener.accept()

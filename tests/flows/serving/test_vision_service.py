@@ -22,6 +22,7 @@ from fastapi.testclient import TestClient
 from served_digits import LIMITS, loaded
 from serving_workspace import Exported
 
+from flows.serving import listening
 from flows.serving.session import Session
 from flows.serving.vision import server
 from flows.serving.vision.access_log import AccessLog
@@ -250,13 +251,13 @@ def test_a_drain_has_an_end(exported: Exported, session: Session, gate: Gate, wa
 
 @contextmanager
 def running_server(app: FastAPI, drain_s: float) -> Iterator[tuple[server._Server, threading.Thread, str]]:
-    with server.listening_socket("127.0.0.1", 0) as listener:
+    with listening.listening_socket("127.0.0.1", 0, "serve") as listener:
         config = uvicorn.Config(app, log_level="critical", access_log=False, timeout_graceful_shutdown=1)
         process = server._Server(config, app.state.service, drain_s)
         thread = threading.Thread(target=process.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
-            yield process, thread, server._url(listener)
+            yield process, thread, listening.server_url(listener)
         finally:
             process.should_exit = True
             thread.join(60)

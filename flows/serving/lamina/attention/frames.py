@@ -45,7 +45,7 @@ class FrameType(IntEnum):
     Q = 4
     KV = 5
     OUT = 6
-    PREFILL_KV = 7  # reserved for a prefill pool
+    PREFILL_KV = 7  # keys and values to be stored; nothing is computed
     ALLOC = 8
     FREE = 9
     ABORT = 10
@@ -53,6 +53,7 @@ class FrameType(IntEnum):
     STATS = 12
     ERROR = 13
     DRAIN = 14
+    READ_KV = 15  # asks for stored keys and values of one request and layer
 
 
 class NumberType(IntEnum):
@@ -60,6 +61,7 @@ class NumberType(IntEnum):
     FLOAT32 = 1
 
 
+_RANGE = struct.Struct("<III")  # slot, first position, position after the last
 _LIMITS = {FrameType.HELLO: MAX_HELLO} | dict.fromkeys(
     (FrameType.CONFIG, FrameType.PING, FrameType.STATS, FrameType.ERROR, FrameType.ABORT, FrameType.DRAIN),
     MAX_JSON,
@@ -185,6 +187,21 @@ def unpack_json(frame: Frame) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise FrameError(f"a {frame.header.type.name} frame is not a JSON object")
     return value
+
+
+def pack_range(slot: int, start: int, end: int) -> bytes:
+    """Positions of a request, for READ_KV."""
+    return _RANGE.pack(slot, start, end)
+
+
+def unpack_range(frame: Frame) -> tuple[int, int, int]:
+    """
+    Raises:
+        FrameError: another size.
+    """
+    if len(frame.payload) != _RANGE.size:
+        raise FrameError(f"a {frame.header.type.name} frame of {len(frame.payload)} bytes names no range")
+    return _RANGE.unpack(frame.payload)
 
 
 def _pack(header: Header) -> bytes:

@@ -14,7 +14,7 @@ one `DataError`; both name it. Then that iteration is over, and a pool with a hi
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Self, TypeVar
@@ -30,14 +30,16 @@ from flows.serving.lamina.attention.frames import (
     Header,
     NumberType,
     pack_json,
+    pack_range,
     pack_tensors,
     unpack_json,
     unpack_tensors,
 )
+from flows.serving.lamina.attention.parity import parity
 from flows.serving.lamina.attention.partition import Partition, Share, cut_keys, cut_queries, join
 from flows.serving.lamina.attention.session import LayerSettings, WorkerSettings
 from flows.serving.lamina.attention.transport import Connection, Dial, LinkClosed, LinkTimeout, dial
-from flows.serving.lamina.rows import RowTable, TableDelta
+from flows.serving.lamina.rows import RowKind, RowTable, Span, TableDelta
 
 T = TypeVar("T")
 Address = tuple[str, int]
@@ -46,6 +48,7 @@ MIN_DEADLINE_S = 0.25
 SEND_TIMEOUT_S = 2.0  # a worker that takes nothing for so long does not live
 DEADLINE_FACTOR = 5.0
 SMOOTHING = 0.1
+REBUILD_TOKENS = 1024
 BASE_WORK = 4096.0  # keys; what a layer costs beside them is about what so many cost
 
 
@@ -59,6 +62,27 @@ class WorkerLost(ResourceError):
     def __init__(self, worker: int, message: str) -> None:
         super().__init__(message)
         self.worker = worker
+
+
+def ask_stats(
+    dial: Dial, address: Address, token: bytes, epoch: int, worker: int, timeout_s: float
+) -> dict[str, Any]:
+    """What a worker says of itself, before it is told of any model.
+
+    Raises:
+        WorkerLost: it does not answer.
+    """
+    try:
+        link = dial(*address, timeout_s)
+        try:
+            for kind, payload in ((FrameType.HELLO, token), (FrameType.STATS, b"")):
+                link.send(Header(kind, epoch), payload)
+                answer = link.receive(timeout_s)
+        finally:
+            link.close()
+        return unpack_json(answer)
+    except (LinkClosed, LinkTimeout, FrameError) as error:
+        raise WorkerLost(worker, f"attention worker {worker} ({name_of(address)}) is lost: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -87,7 +111,7 @@ class AttentionPool:
 
     Args:
         addresses: host and port of each worker; their order is the order of the partition. None: it is not
-            there, and no row may concern it.
+            there, and no row may concern it. With parity the last one keeps that.
         pages: of each worker.
         epoch: above that of every pool before; workers drop what older ones send.
         layer_timeout_s: for one layer; None is max(250 ms, 5 times what is usual for as much work), and the
@@ -109,15 +133,18 @@ class AttentionPool:
         debug: bool = False,
         dial: Dial = dial,
         seconds_per_work: float | None = None,
+        with_parity: bool = False,
     ) -> None:
-        if len(addresses) != partition.workers:
-            raise DataError(f"{len(addresses)} addresses for a partition over {partition.workers} workers")
+        wanted = partition.workers + with_parity
+        if len(addresses) != wanted:
+            raise DataError(f"{len(addresses)} addresses, this partition needs {wanted} workers")
         if model.heads % model.kv_heads:
             raise DataError(f"{model.heads} query heads do not divide over {model.kv_heads} heads of keys")
         self.partition, self.model, self.epoch = partition, model, epoch
+        self.parity_worker = partition.workers if with_parity else None
         self.seconds_per_work = seconds_per_work  # smoothed, of a layer
         self.batch_invariant = True
-        self.kept = [False] * len(addresses)  # of each worker: it is configured as before and has its pages
+        self.stores = [""] * len(addresses)  # of each worker: what it calls its pages; new ones, new name
         self.pids = [0] * len(addresses)
         self.names = [f"attention worker {j} ({name_of(address)})" for j, address in enumerate(addresses)]
         self._timeout_s, self._connect_s = layer_timeout_s, connect_timeout_s
@@ -130,16 +157,15 @@ class AttentionPool:
                 self._links[worker] = self._guard(worker, partial(dial, *address, connect_timeout_s))
                 welcome = unpack_json(self._ask(worker, Header(FrameType.HELLO, epoch), token))
                 self.pids[worker] = int(welcome.get("pid", 0))
-                heads = partition.kv_heads(worker)
                 settings = WorkerSettings(
-                    layers=list(model.layers), kv_heads=heads.stop - heads.start,
+                    layers=list(model.layers), kv_heads=self._heads(worker),
                     group=model.heads // model.kv_heads, head_dim=model.head_dim, pages=pages,
                     block_tokens=block_tokens, partials=partition.partials, debug=debug,
                 )  # fmt: skip
                 config = Header(FrameType.CONFIG, epoch)
                 answer = unpack_json(self._ask(worker, config, pack_json(settings.model_dump())))
                 self.batch_invariant &= bool(answer.get("batch_invariant"))
-                self.kept[worker] = bool(answer.get("kept"))
+                self.stores[worker] = str(answer.get("store", ""))
         except BaseException:
             self.close()
             raise
@@ -171,6 +197,8 @@ class AttentionPool:
                 shares[worker] = share
         for key in [key for key in self._current if key[0] < iteration - 1]:
             del self._current[key]
+        if self.parity_worker is not None:
+            self._send(self.parity_worker, replace(header, rows=table.rows), table.encode())
         work = BASE_WORK + sum(span.length * span.end for span in table.spans)
         self._current[header.key] = _Current(header, table.rows, shares, work)
 
@@ -198,6 +226,10 @@ class AttentionPool:
             self._require(array, (current.rows, self.model.kv_heads, self.model.head_dim), name)
         for worker, share in current.shares.items():
             self._send_tensors(worker, FrameType.KV, current, layer, cut_keys(share, k), cut_keys(share, v))
+        if self.parity_worker is not None:
+            heads = self._heads(self.parity_worker)
+            both = [parity([cut_keys(share, x) for share in current.shares.values()], heads) for x in (k, v)]
+            self._send_tensors(self.parity_worker, FrameType.PREFILL_KV, current, layer, *both)
 
     def receive(self, layer: int, iteration: int = 0, micro_batch: int = 0) -> NDArray[np.float32]:
         """Wait for the attention output (rows, H, hd) of what was sent."""
@@ -214,6 +246,9 @@ class AttentionPool:
             if self.partition.partials:
                 shapes.append((rows, heads))
             answers[worker] = self._guard(worker, lambda f=frame, s=shapes: unpack_tensors(f, *s))  # type: ignore[misc]
+        if self.parity_worker is not None and layer == len(self.model.layers) - 1:
+            # only now is every layer of these positions protected
+            self._receive(self.parity_worker, replace(expected, type=FrameType.PREFILL_KV), deadline)
         began = current.began.pop(layer, None)
         if began is not None:
             rate = (time.monotonic() - began) / current.work
@@ -237,9 +272,52 @@ class AttentionPool:
 
     def assign(self, deltas: Iterable[TableDelta]) -> None:
         """Change block tables outside an iteration."""
-        for worker, share in enumerate(self.partition.split(RowTable((), tuple(deltas)))):
+        table = RowTable((), tuple(deltas))
+        header = Header(FrameType.ALLOC, self.epoch)
+        for worker, share in enumerate(self.partition.split(table)):
             if share.table.deltas:
-                self._ask(worker, Header(FrameType.ALLOC, self.epoch), share.table.encode())
+                self._ask(worker, header, share.table.encode())
+        if self.parity_worker is not None and table.deltas:
+            self._ask(self.parity_worker, header, table.encode())
+
+    def rebuild(self, lost: int, lengths: Mapping[int, int], iteration: int) -> int:
+        """Give a worker of a head-level partition, or the one with parity, what it held, from all others.
+
+        Args:
+            lengths: of each slot, how many positions are to be rebuilt. Its block table must be known.
+            iteration: a number that no plan has.
+
+        Returns:
+            Bytes that were read.
+        """
+        if self.parity_worker is None:
+            raise DataError("nothing can be rebuilt without parity")
+        others = [worker for worker in self._present() if worker != lost]
+        layers, read = range(len(self.model.layers)), 0
+        for slot, length in lengths.items():
+            for start in range(0, length, REBUILD_TOKENS):
+                end = min(length, start + REBUILD_TOKENS)
+                table = RowTable((Span(slot, start, end - start, RowKind.CHUNK),))
+                header = Header(FrameType.PLAN, self.epoch, iteration, rows=table.rows)
+                self._send(lost, header, table.encode())
+                for layer in layers:
+                    ask = Header(FrameType.READ_KV, self.epoch, layer=layer)
+                    for worker in others:
+                        self._send(worker, ask, pack_range(slot, start, end))
+                    shards: list[list[NDArray[np.float32]]] = []
+                    for worker in others:
+                        frame = self._receive(worker, ask, time.monotonic() + self._connect_s)
+                        shape = (end - start, self._heads(worker), self.model.head_dim)
+                        shards.append(unpack_tensors(frame, shape, shape))
+                        read += len(frame.payload)
+                    heads = self._heads(lost)
+                    widest = max(map(self._heads, self._present()))
+                    both = [parity(column, widest)[:, :heads] for column in zip(*shards, strict=True)]
+                    current = _Current(header, table.rows, {}, 0.0)
+                    self._send_tensors(lost, FrameType.PREFILL_KV, current, layer, *both)
+                done = Header(FrameType.PREFILL_KV, self.epoch, iteration, layer=layers[-1])
+                self._receive(lost, done, time.monotonic() + self._connect_s)
+        return read
 
     def free(self, slots: Sequence[int]) -> None:
         """Forget requests on all workers. Their pages may be given out again afterwards."""
@@ -281,6 +359,12 @@ class AttentionPool:
         return [(link.sent_bytes, link.received_bytes) if link else (0, 0) for link in self._links]
 
     # --- one worker
+
+    def _heads(self, worker: int) -> int:
+        """Heads of keys and values that a worker stores."""
+        every = [self.partition.kv_heads(j) for j in range(self.partition.workers)]
+        counts: list[int] = [heads.stop - heads.start for heads in every]
+        return max(counts) if worker == self.parity_worker else counts[worker]
 
     def _present(self) -> list[int]:
         return [worker for worker, link in enumerate(self._links) if link is not None]

@@ -9,6 +9,7 @@ dropped without a word, which fences an engine that only seemed dead.
 from __future__ import annotations
 
 import math
+import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,7 @@ from flows.serving.lamina.attention.frames import (
     pack_json,
     pack_tensors,
     unpack_json,
+    unpack_range,
     unpack_tensors,
 )
 from flows.serving.lamina.attention.store import PageStore, page_bytes
@@ -51,6 +53,7 @@ from models.ops.partial_attention import (
 
 T = TypeVar("T")
 
+MAX_READ = 4096  # positions in one READ_KV
 MAX_PLANS = 4
 """Plans kept: two iterations in flight, two micro-batches each. The oldest makes room."""
 
@@ -107,10 +110,12 @@ class Session:
         self.max_bytes, self.device = max_bytes, device
         self.epoch = 0
         self.draining = False
+        self.copy_bytes_per_s = 0.0  # of this worker's memory, for whoever divides the work
         self.settings: WorkerSettings | None = None
         self.counts: Counter[str] = Counter()
         self._rules: list[AttentionRule] = []
         self._store: PageStore | None = None
+        self._store_id = ""  # by which an engine knows the pages that it has filled
         self._plans: dict[tuple[int, int], Plan] = {}
         self._unwritten: Callable[[], None] | None = None
         self._threads = ThreadPoolExecutor(threads, "attention") if threads > 1 else None
@@ -119,6 +124,8 @@ class Session:
             FrameType.PLAN: self._plan,
             FrameType.Q: self._attend,
             FrameType.KV: self._finish,
+            FrameType.PREFILL_KV: self._keep,
+            FrameType.READ_KV: self._read,
             FrameType.ALLOC: self._assign,
             FrameType.FREE: self._free,
             FrameType.ABORT: self._abort,
@@ -180,8 +187,7 @@ class Session:
                 f"CONFIG asks for {settings.bytes} bytes of pages, this worker may use {self.max_bytes}: "
                 f"at most {self.max_bytes // per_page} pages of {per_page} bytes"
             )
-        kept = settings == self.settings
-        if not kept:
+        if settings != self.settings:
             self._plans.clear()
             self._store = None  # the old pages go before the new ones come
             self._store = PageStore(
@@ -192,13 +198,18 @@ class Session:
                 AttentionRule(layer.scale, layer.window, layer.soft_cap) for layer in settings.layers
             ]
             self.settings = settings
+            self._store_id = secrets.token_hex(8)
         sizes = (
             min(settings.kv_heads, 2),
             settings.group,
             settings.head_dim,
             min(settings.block_tokens, 256),
         )
-        about = {"bytes": settings.bytes, "kept": kept, "batch_invariant": _tried_batch_invariant(*sizes)}
+        about = {
+            "bytes": settings.bytes,
+            "store": self._store_id,
+            "batch_invariant": _tried_batch_invariant(*sizes),
+        }
         return _answer(frame, pack_json(about))
 
     def _assign(self, frame: Frame) -> Frame:
@@ -225,6 +236,7 @@ class Session:
                 {
                     "epoch": self.epoch,
                     "draining": self.draining,
+                    "copy_bytes_per_s": self.copy_bytes_per_s,
                     "pages": store.pages if store else 0,
                     "pages_used": len(store.owners) if store else 0,
                     "slots": len(store.tables) if store else 0,
@@ -280,9 +292,7 @@ class Session:
         shape = (len(plan.own), settings.kv_heads, settings.head_dim)
         k, v = (torch.from_numpy(array).to(self.device) for array in unpack_tensors(frame, shape, shape))
         table = plan.table
-        if plan.releases != store.releases:
-            plan.places = store.locate(table.slots[plan.own], table.positions[plan.own])
-            plan.releases = store.releases
+        self._refresh(plan)
         late = any(self._work(span, layer)[1] for span in table.spans)
         if len(plan.own):
             self._unwritten = partial(store.write, layer, plan.places, k, v)
@@ -320,6 +330,40 @@ class Session:
         arrays = [out.cpu().numpy()] + ([log_sum.cpu().numpy()] if settings.partials else [])
         header = replace(frame.header, type=FrameType.OUT, rows=table.rows)
         return Frame(header, pack_tensors(*arrays))
+
+    def _keep(self, frame: Frame) -> Frame | None:
+        """Store keys and values; the last layer's frame is answered, when all of them are stored."""
+        settings, store = self._ready()
+        plan, layer = self._planned(frame)
+        shape = (len(plan.own), settings.kv_heads, settings.head_dim)
+        k, v = (torch.from_numpy(array).to(self.device) for array in unpack_tensors(frame, shape, shape))
+        self._refresh(plan)
+        store.write(layer, plan.places, k, v)
+        if layer < len(self._rules) - 1:
+            return None
+        self._plans.pop(frame.header.key)
+        return _answer(frame)
+
+    def _read(self, frame: Frame) -> Frame:
+        """Keys and values (tokens, KV, hd) each, of positions of one request that are stored here."""
+        _, store = self._ready()
+        slot, start, end = unpack_range(frame)
+        if start >= end or end - start > MAX_READ or frame.header.layer >= len(self._rules):
+            raise DataError(
+                f"READ_KV of positions {start} to {end}, layer {frame.header.layer}: no such range"
+            )
+        slots, positions = np.full(end - start, slot), np.arange(start, end)
+        arenas, tokens = store.locate(slots, positions)
+        layer = frame.header.layer
+        tensors = (store.keys[layer][arenas, :, tokens], store.values[layer][arenas, :, tokens])
+        payload = pack_tensors(*(tensor.cpu().numpy() for tensor in tensors))
+        return Frame(replace(frame.header, number_type=NumberType.FLOAT32, rows=end - start), payload)
+
+    def _refresh(self, plan: Plan) -> None:
+        store = self._ready()[1]
+        if plan.releases != store.releases:
+            plan.places = store.locate(plan.table.slots[plan.own], plan.table.positions[plan.own])
+            plan.releases = store.releases
 
     def _work(self, span: Span, layer: int) -> tuple[tuple[Work, ...], tuple[Work, ...]]:
         """What can be done when Q comes, because it needs nothing of this iteration, and what only after."""

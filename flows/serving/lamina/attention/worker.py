@@ -5,6 +5,7 @@
 It loads nothing: an engine connects, proves itself by the run's token, and sends the sizes of the model.
 The first line on stdout is JSON with the port. SIGTERM or a DRAIN frame lets the iteration under way end,
 then the process exits with 0. A peer that talks nonsense gets an ERROR frame and loses its connection.
+With --exit-with-stdin it ends when its stdin does, at once: whoever started it is gone.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ from types import FrameType as StackFrame
 import torch
 
 from flows.errors import ConfigError, ResourceError, TrunklineError
+from flows.serving.lamina.attention.bandwidth import copy_bandwidth
 from flows.serving.lamina.attention.frames import MAX_HELLO, Frame, FrameError, FrameType, pack_json
 from flows.serving.lamina.attention.session import Session, error_frame
 from flows.serving.lamina.attention.transport import Link, LinkClosed, LinkTimeout
+from flows.serving.lamina.lifeline import exit_with_stdin
 
 MAX_CONNECTIONS = 32
 HELLO_TIMEOUT_S = 5.0
@@ -154,12 +157,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1, help="requests computed at the same time")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--drain-timeout-s", type=float, default=10.0)
+    parser.add_argument(
+        "--share-port", action="store_true", help="the port is held by whoever starts this process again"
+    )
+    parser.add_argument("--exit-with-stdin", action="store_true", help="end when stdin does")
     arguments = parser.parse_args(argv)
+    if arguments.exit_with_stdin:
+        exit_with_stdin()
     torch.set_num_threads(1)  # bits of a row must not depend on how BLAS shares work out
     try:
         token = read_token(arguments.token_file)
         try:
-            listener = socket.create_server((arguments.host, arguments.port))
+            listener = socket.create_server(
+                (arguments.host, arguments.port),
+                family=socket.AF_INET6 if ":" in arguments.host else socket.AF_INET,
+                reuse_port=arguments.share_port,
+            )
         except OSError as error:
             raise ResourceError(
                 f"cannot listen on {arguments.host}:{arguments.port} ({error.strerror}); choose another port"
@@ -168,6 +181,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     session = Session(arguments.max_bytes, arguments.threads, arguments.device)
+    session.copy_bytes_per_s = copy_bandwidth(arguments.threads, arguments.device)
     server = Server(listener, token, session, arguments.drain_timeout_s)
 
     def stop(number: int, frame: StackFrame | None) -> None:

@@ -41,6 +41,7 @@ from flows.serving.lamina.requests import (
     Rejected,
     Submit,
     ToEngine,
+    WorkersMoved,
 )
 from flows.serving.lamina.rows import RowTable, Span, TableDelta
 from flows.serving.lamina.slices.runner import Slices
@@ -170,6 +171,8 @@ class Engine:
             self._follow(message)
         elif isinstance(message, Drain):
             self.draining = True
+        elif isinstance(message, WorkersMoved):
+            self.workers.move(message.addresses)
 
     def _submit(self, submit: Submit) -> None:
         request = Request(submit, self._orders)
@@ -386,8 +389,12 @@ class Engine:
             self._contradictions += 1
             if self._contradictions > MAX_CONTRADICTIONS:
                 raise ResourceError(f"attention workers refuse again and again: {error}")
+        lost: set[int] = set()  # also of attempts that did not come to their end
+        rebuilt = False
         while True:
             change = self.workers.reconnect(error, self._meanwhile)
+            lost, rebuilt = change.lost | lost, change.rebuilt or rebuilt
+            change.lost, change.rebuilt = lost, rebuilt
             if contradiction:
                 change.lost |= set(range(self.workers.partition.workers))
             try:
@@ -403,7 +410,10 @@ class Engine:
         """Bring requests and workers in line with who is there now."""
         pool = self.workers.link
         policy = "rebuild" if change.rebuilt else "recompute" if change.lost else "resend"
-        if change.rebuilt:
+        if not change.rebuilt and self.workers.parity and len(change.lost) == 1:
+            policy = "parity"
+            self._rebuild(*change.lost)
+        elif change.rebuilt:
             for request in list(self.scheduler.running):
                 self._count_recovery(request)
                 if request.running:
@@ -423,10 +433,26 @@ class Engine:
                     self._preempt(request)
                 else:
                     self._lose(request)
-            running = {request.slot for request in self.scheduler.running}
-            pool.free([slot for slot in range(self.settings.sched.max_requests) if slot not in running])
-            self.memory.forgotten()
+            self._free_others()
         self.metrics.recoveries.labels(policy).inc()
+
+    def _rebuild(self, lost: int) -> None:
+        """One worker's keys and values from those of all others and the parity."""
+        self._free_others()
+        pool = self.workers.link
+        for request in self.scheduler.running:
+            request.table_sent = 0
+        pool.assign(self._deltas([(request, Span(request.slot, 0)) for request in self.scheduler.running]))
+        lengths = {request.slot: request.computed for request in self.scheduler.running if request.computed}
+        self.iteration += 1
+        pool.rebuild(lost, lengths, self.iteration)
+
+    def _free_others(self) -> None:
+        """Let the workers forget every slot that nobody runs in."""
+        running = {request.slot for request in self.scheduler.running}
+        free = [slot for slot in range(self.settings.sched.max_requests) if slot not in running]
+        self.workers.link.free(free)
+        self.memory.forgotten()
 
     def _count_recovery(self, request: Request) -> None:
         if not request.computed:

@@ -11,6 +11,7 @@ only the requests of the lost worker are touched.
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,14 @@ from flows.serving.lamina.attention.partition import (
     RequestPartition,
     SequencePartition,
 )
-from flows.serving.lamina.attention.pool import Address, AttentionPool, ModelShape, WorkerLost, name_of
+from flows.serving.lamina.attention.pool import (
+    Address,
+    AttentionPool,
+    ModelShape,
+    WorkerLost,
+    ask_stats,
+    name_of,
+)
 from flows.serving.lamina.attention.session import Session
 from flows.serving.lamina.attention.transport import Connection, Dial, dial
 from flows.serving.lamina.engine.memory import pages_that_fit
@@ -78,9 +86,10 @@ class Workers:
             self._addresses = [("this process", 0)]
             limit = settings.kv.mb_per_worker << 20
             self._connect = dial_local(Session(limit, settings.cluster.worker_threads))
-        wanted = settings.cluster.attention_workers or 1
+        self.parity = settings.kv.redundancy == "parity"
+        wanted = (settings.cluster.attention_workers or 1) + self.parity
         if wanted > len(self._addresses):
-            raise DataError(f"{len(self._addresses)} attention workers at hand, {wanted} are asked for")
+            raise DataError(f"{len(self._addresses)} attention workers at hand, {wanted} are needed")
         self._wanted = wanted
         self.assigned: list[Address | None] = list(self._addresses[:wanted])
         self._last_lost: dict[Address, float] = {}
@@ -89,8 +98,13 @@ class Workers:
         self.pool: AttentionPool | None = None
         self.partition: Partition
         self.pages = 0
+        self._stores: list[str] = []  # of the connections before: what each worker called its pages
+        self._kept: list[bool] = []  # whether it still has them
         self._opening = 0  # worker that is being connected
-        self._divide(wanted)
+        self._speeds: dict[Address, float] = {}  # of each worker, in proportion
+        if isinstance(settings.cluster.weights, list):
+            self._speeds = dict(zip(self._addresses, settings.cluster.weights, strict=False))
+        self._divide(wanted - self.parity)
 
     @property
     def up(self) -> list[bool]:
@@ -127,6 +141,8 @@ class Workers:
         deadline = time.monotonic() + START_S
         while True:
             try:
+                if self.settings.cluster.weights == "auto" and not self._speeds:
+                    self._measure()
                 self._open(PROBE_S * 10)
                 return
             except WorkerLost as error:
@@ -165,9 +181,7 @@ class Workers:
             except DataError as refused:  # a worker of somebody else, or one that cannot hold the pages
                 self._give_up(self._opening, str(refused))
                 continue
-            kept = self.link.kept
-            change.lost |= {j for j, address in enumerate(self.assigned) if address and not kept[j]}
-            change.lost |= self.down
+            change.lost |= {j for j, kept in enumerate(self._kept) if not kept} | self.down
             return change
 
     def restore(self) -> Change | None:
@@ -184,7 +198,8 @@ class Workers:
                 self.assigned[worker] = found.pop(0)
         else:
             self.assigned = [*(a for a in self.assigned if a is not None), *found]
-            self._divide(self._wanted)
+            self.parity = self.settings.kv.redundancy == "parity"
+            self._divide(self._wanted - self.parity)
             change.rebuilt = True
         try:
             self._open(PROBE_S)
@@ -192,8 +207,12 @@ class Workers:
             later = self.reconnect(error, lambda: None)
             later.rebuilt |= change.rebuilt
             return later
-        change.lost = {j for j, kept in enumerate(self.link.kept) if not kept}
+        change.lost = {j for j, kept in enumerate(self._kept) if not kept}
         return change
+
+    def move(self, addresses: Sequence[Address]) -> None:
+        """From now on the workers are there. One that was left is noticed when it is spoken to."""
+        self._addresses = list(addresses)
 
     def close(self) -> None:
         if self.pool is not None:
@@ -205,9 +224,10 @@ class Workers:
     def _divide(self, workers: int) -> None:
         """Set the partition over so many workers, and the pages that each can hold."""
         cluster, kv = self.settings.cluster, self.settings.kv
-        weights: Sequence[float] = [1.0] * workers
-        if isinstance(cluster.weights, list) and len(cluster.weights) >= workers:
-            weights = cluster.weights[:workers]
+        # a worker that took another's place, which nobody has measured, counts as the mean
+        known = [self._speeds.get(address) for address in self.assigned[:workers] if address]
+        mean = statistics.fmean([speed for speed in known if speed] or [1.0])
+        weights = [speed or mean for speed in known]
         if cluster.partition == "head":
             self.partition = HeadPartition(self.model.kv_heads, weights)
         elif cluster.partition == "request":
@@ -217,6 +237,15 @@ class Workers:
         self.pages = pages_that_fit(
             self.partition, len(self.model.layers), self.model.head_dim, kv.mb_per_worker << 20
         )
+
+    def _measure(self) -> None:
+        """Divide by the memory bandwidth that each worker has measured."""
+        speeds = {}
+        for worker, address in enumerate(self._addresses):
+            found = ask_stats(self._connect, address, self._token, self.epoch, worker, PROBE_S * 10)
+            speeds[address] = float(found.get("copy_bytes_per_s") or 0.0)
+        self._speeds = speeds
+        self._divide(self._wanted - self.parity)
 
     def _open(self, timeout_s: float) -> None:
         usual = self.pool.seconds_per_work if self.pool else None
@@ -240,7 +269,12 @@ class Workers:
             connect_timeout_s=timeout_s,
             dial=connect,
             seconds_per_work=usual,
+            with_parity=self.parity,
         )
+        # against the last connections to all, not the last answer: a successor may have been configured by an
+        # attempt that failed at another worker, and a spare may have pages of a time before
+        before, self._stores = self._stores, self.pool.stores
+        self._kept = [bool(store) and before[j : j + 1] == [store] for j, store in enumerate(self._stores)]
         for address, pid in zip(self.assigned, self.pool.pids, strict=True):
             if address is not None:
                 self._pids[address] = pid
@@ -266,6 +300,7 @@ class Workers:
         if not impatient or not alive:
             return False
         self.assigned = list(alive)
+        self.parity = False  # better all memory for what runs
         self._divide(len(alive))
         change.rebuilt = True
         return True

@@ -42,6 +42,7 @@ def export_bundle(
     source: Path,
     target: Path,
     *,
+    name: str = "",
     opset: int = OPSET,
     tolerance: float = TOLERANCE,
     force: bool = False,
@@ -50,6 +51,7 @@ def export_bundle(
     """Slice the decoder in `source` and write the bundle `target`.
 
     Args:
+        name: what the bundle is called in its manifest; empty: as `target`.
         tolerance: most that a logit may differ from the model's.
         say: gets a line per thing done.
 
@@ -71,7 +73,7 @@ def export_bundle(
     remove_abandoned(target)
     with files.replace_folder(target) as folder, _held(folder):
         written = _write_steps(folder, trace, steps, opset, say)
-        described = _describe(source, target.name, decoder, trace, steps, written, opset, folder)
+        described = _describe(source, name or target.name, decoder, trace, steps, written, opset, folder)
         unchecked = Parity(samples=0, tokens=0, longest_context=0, max_abs_error=0.0, max_relative_error=0.0,
                            argmax_agreement=0.0, tolerance=tolerance, covers_windows=False)  # fmt: skip
         _write_manifest(folder, described, unchecked)

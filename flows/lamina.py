@@ -1,0 +1,296 @@
+"""The body of `trunkline serve language`: this process answers HTTP and looks after all the others.
+
+In the order in which mistakes are cheapest to find: settings, port, bundle, how the model divides over the
+workers; then the attention workers, then the engine. Whatever happens, no process, port or file is left.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from flows import environment, params, paths
+from flows.errors import ConfigError
+from flows.params import Lamina, Params
+from flows.serving.lamina.api.hooks import Hooks, Running
+from flows.serving.lamina.cluster.child import say_on_stderr
+from flows.serving.lamina.cluster.cluster_file import ClusterFile, read_cluster_file
+from flows.serving.lamina.cluster.fleet import Fleet, LocalFleet, NoFleet
+from flows.serving.lamina.cluster.run_folder import RunFolder, run_folder
+from flows.serving.lamina.cluster.supervisor import Supervisor
+from flows.serving.lamina.slices.bundle import Bundle, read_bundle
+from flows.serving.listening import listening_socket, server_url
+from flows.supervisor import fetch
+
+ENVIRONMENT = "LAMINA__"
+POLL_S = 0.1
+PROMPT = "Once upon a time"
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A model of the registry, to be served instead of a folder."""
+
+    model: str
+    alias: str
+    version: str
+
+
+def serve_language(
+    source: Path | Registered, changes: Sequence[str], flags: Mapping[str, Any], cluster: Path | None = None
+) -> None:
+    """Serve a bundle until SIGINT or SIGTERM; then let answers end within `lamina.http.drain_timeout_s`.
+
+    Args:
+        changes: `key=value` for params.yaml.
+        flags: keys of section `lamina` with dots, and their values; they count most.
+        cluster: file that says on which hosts attention workers run; default: on this one.
+
+    Raises:
+        ConfigError, DataError: a setting or the bundle is of no use; nothing was started.
+        ResourceError: the port is taken, or a process cannot be kept running.
+    """
+    hosts = read_cluster_file(cluster) if cluster else None
+    checked = read_settings(changes, flags)
+    if hosts is not None:
+        checked = read_settings(changes, {**flags, **settings_of(hosts, flags, checked.lamina)})
+    settings = checked.lamina
+    environment.interrupt_on_sigterm()
+    with (
+        suppress(KeyboardInterrupt),  # told to stop before there was anything to finish
+        listening_socket(settings.http.host, settings.http.port, "lamina.http") as listener,
+    ):
+        bundle = read_bundle(fetch_bundle(checked, source))
+        check_division(settings, bundle)
+        with run_folder() as folder:
+            fleet = make_fleet(settings, folder, hosts)
+            run(bundle, source, settings, fleet, folder, listener)
+
+
+def read_settings(changes: Sequence[str], flags: Mapping[str, Any]) -> Params:
+    """params.yaml, changed by `LAMINA__SECTION__KEY` in the environment, by `--set`, by flags.
+
+    Raises:
+        ConfigError: an unknown key or an impossible value, and where it comes from.
+    """
+    path = paths.workspace() / "params.yaml"
+    values = params.read(path)
+    origins = [str(path)]
+    overlays = [
+        *((name, f"{name.replace('__', '.').lower()}={value}") for name, value in sorted(os.environ.items())
+          if name.startswith(ENVIRONMENT)),
+        *((f"--set {change}", change) for change in changes),
+        *((f"lamina.{key}", f"lamina.{key}={json.dumps(value)}") for key, value in flags.items()),
+    ]  # fmt: skip
+    for origin, change in overlays:
+        values = params.overlay(values, params.parse_setting(change), origin)
+        origins.append(origin)
+    return params.check(values, " with ".join(origins))
+
+
+def fetch_bundle(checked: Params, source: Path | Registered) -> Path:
+    if isinstance(source, Path):
+        return source
+    from flows.language_registry import fetch_bundle as fetch_registered
+
+    return fetch_registered(checked, source.model, source.alias, source.version)
+
+
+def check_division(settings: Lamina, bundle: Bundle) -> None:
+    """
+    Raises:
+        ConfigError: the model's heads do not divide over the attention workers as the settings say.
+    """
+    from flows.serving.lamina.attention.partition import share_heads
+
+    cluster, workers = settings.cluster, settings.cluster.attention_workers
+    if not workers:
+        if workers_beside(settings):
+            raise ConfigError("there are no attention workers that spares or a parity worker could stand by")
+        return
+    weights = cluster.weights if isinstance(cluster.weights, list) else [1.0] * workers
+    if len(weights) != workers:
+        raise ConfigError(
+            f"lamina.cluster.weights has {len(weights)} entries for {workers} attention workers"
+        )
+    if cluster.partition == "head":
+        share_heads(bundle.manifest.kv_heads, weights)
+
+
+def settings_of(hosts: ClusterFile, flags: Mapping[str, Any], settings: Lamina) -> dict[str, Any]:
+    """What a cluster file says of section `lamina`: how many workers, and how much each can take.
+
+    Raises:
+        ConfigError: a flag says otherwise.
+    """
+    if "cluster.attention_workers" in flags:
+        raise ConfigError("--attention-workers and --cluster exclude each other: the file names the workers")
+    others = workers_beside(settings)
+    workers = len(hosts.each) - others
+    if workers < 1:
+        raise ConfigError(
+            f"of the {len(hosts.each)} workers of the cluster file {others} are spares or keep parity; "
+            "nobody is left to attend"
+        )
+    found: dict[str, Any] = {
+        "cluster.attention_workers": workers,
+        "kv.mb_per_worker": min(group.kv_mb for group in hosts.each),
+    }
+    if hosts.weights:
+        found["cluster.weights"] = hosts.weights[:workers]
+    return found
+
+
+def workers_beside(settings: Lamina) -> int:
+    """Attention workers that are started beside those that the model is divided over."""
+    return settings.cluster.spares + (settings.kv.redundancy == "parity")
+
+
+def make_fleet(settings: Lamina, folder: RunFolder, hosts: ClusterFile | None) -> Fleet:
+    if hosts is not None:
+        from flows.serving.lamina.cluster.ray_fleet import RayFleet
+
+        return RayFleet(hosts, folder.token, folder.path, say_on_stderr)
+    if not settings.processes:
+        return NoFleet()
+    return LocalFleet(
+        settings.processes,
+        folder.token_file,
+        say_on_stderr,
+        max_bytes=settings.kv.mb_per_worker * 2**20,
+        threads=settings.cluster.worker_threads,
+    )
+
+
+def run(
+    bundle: Bundle,
+    source: Path | Registered,
+    settings: Lamina,
+    fleet: Fleet,
+    folder: RunFolder,
+    listener: socket.socket,
+) -> None:
+    """Start all processes, answer, end all processes."""
+    from flows.serving.lamina.api.server import serve
+
+    supervisor = Supervisor(
+        fleet,
+        folder,
+        settings=settings.model_dump(mode="json"),
+        bundle=str(bundle.folder.resolve()),
+        calibration=str(calibration_file(bundle)),
+    )
+    registered = source if isinstance(source, Registered) else None
+    name = registered.model if registered else bundle.manifest.name
+
+    def announce() -> None:
+        print(describe(server_url(listener), name, bundle, settings, fleet), flush=True)
+
+    with hangup() as told_to_hang_up, ready_watch(server_url(listener), announce):
+
+        def on_started(running: Running) -> None:
+            told_to_hang_up(running.drain)
+            supervisor.watch(running.fail, running.tell)
+
+        hooks = Hooks(
+            on_worker_lost=supervisor.worker_lost,
+            on_silent=supervisor.engine_silent,
+            on_started=on_started,
+            on_draining=supervisor.draining,
+            on_drained=supervisor.drained,
+            is_replacing=supervisor.is_replacing,
+        )
+        try:
+            supervisor.start()
+            serve(
+                bundle,
+                settings,
+                folder.socket,
+                listener=listener,
+                name=name,
+                version=(registered.version or registered.alias) if registered else None,
+                hooks=hooks,
+            )
+        finally:
+            supervisor.stop()
+
+
+def calibration_file(bundle: Bundle) -> Path:
+    """What was measured of this model on this machine, kept for the next start."""
+    folder = paths.home() / ".trunkline" / "lamina"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"calibration-{bundle.manifest.source_sha256[:12]}-{platform.node()}.json"
+
+
+def describe(url: str, name: str, bundle: Bundle, settings: Lamina, fleet: Fleet) -> str:
+    """What is printed when requests can come."""
+    cluster = settings.cluster
+    if cluster.attention_workers:
+        where = ", ".join(fleet.labels)
+        workers = (
+            f"{cluster.attention_workers} attention worker{'s' if cluster.attention_workers > 1 else ''}"
+            f"{', one for parity' if settings.kv.redundancy == 'parity' else ''}"
+            f"{f', {cluster.spares} spare' if cluster.spares else ''}, partition {cluster.partition}, "
+            f"{settings.kv.mb_per_worker} MB of keys and values each: {where}"
+        )
+    else:
+        workers = "attention in the engine's process"
+    body = json.dumps({"model": name, "prompt": PROMPT, "max_tokens": 50, "stream": True})
+    key = " -H 'Authorization: Bearer KEY'" if settings.http.api_key_file else ""
+    return (
+        f"ready: {name} ({bundle.folder}) at {url}\n"
+        f"  {workers}\n"
+        f"  curl -N {url}/v1/completions{key} -H 'Content-Type: application/json' -d {shlex.quote(body)}"
+    )
+
+
+@contextmanager
+def ready_watch(url: str, announce: Callable[[], None]) -> Iterator[None]:
+    """Call `announce` once /readyz says yes, if it does before the end."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.is_set():
+            with suppress(OSError):
+                fetch(f"{url}/readyz")
+                announce()
+                return
+            time.sleep(POLL_S)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+
+
+@contextmanager
+def hangup() -> Iterator[Callable[[Callable[[], None]], None]]:
+    """A terminal that is closed ends the service as SIGTERM does, unless it is to be ignored (nohup)."""
+    drain: list[Callable[[], None]] = []
+
+    def on_hangup(number: int, frame: FrameType | None) -> None:
+        if not drain:
+            raise KeyboardInterrupt
+        drain[0]()
+
+    previous = signal.getsignal(signal.SIGHUP)
+    if previous is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, on_hangup)
+    try:
+        yield drain.append
+    finally:
+        if previous is not signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, previous or signal.SIG_DFL)
