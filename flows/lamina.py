@@ -163,10 +163,10 @@ def make_fleet(settings: Lamina, folder: RunFolder, hosts: ClusterFile | None) -
         from flows.serving.lamina.cluster.ray_fleet import RayFleet
 
         return RayFleet(hosts, folder.token, folder.path, say_on_stderr)
-    if not settings.cluster.attention_workers:
+    if not settings.processes:
         return NoFleet()
     return LocalFleet(
-        settings.cluster.attention_workers + workers_beside(settings),
+        settings.processes,
         folder.token_file,
         say_on_stderr,
         max_bytes=settings.kv.mb_per_worker * 2**20,

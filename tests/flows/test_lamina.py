@@ -96,6 +96,7 @@ def test_the_port_is_looked_at_before_the_bundle_and_the_bundle_before_any_proce
         ({"cluster.attention_workers": 5}, "4 heads .* cannot be shared among 5"),
         ({"cluster.attention_workers": 0, "cluster.spares": 1}, "no attention workers that spares"),
         ({"cluster.weights": [1.0, 2.0, 3.0]}, "3 entries for 2 attention workers"),
+        ({"kv.redundancy": "parity", "cluster.partition": "request"}, "parity needs attention workers"),
     ],
 )
 def test_a_model_that_does_not_divide_is_refused(
