@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 from flows.errors import DataError, ResourceError, TrunklineError
 from flows.params import Lamina
+from flows.serving.lamina.attention.bandwidth import ask_bandwidths
 from flows.serving.lamina.attention.local import dial_local
 from flows.serving.lamina.attention.partition import (
     HeadPartition,
@@ -25,14 +26,7 @@ from flows.serving.lamina.attention.partition import (
     RequestPartition,
     SequencePartition,
 )
-from flows.serving.lamina.attention.pool import (
-    Address,
-    AttentionPool,
-    ModelShape,
-    WorkerLost,
-    ask_stats,
-    name_of,
-)
+from flows.serving.lamina.attention.pool import Address, AttentionPool, ModelShape, WorkerLost, name_of
 from flows.serving.lamina.attention.session import Session
 from flows.serving.lamina.attention.transport import Connection, Dial, dial
 from flows.serving.lamina.engine.memory import pages_that_fit
@@ -240,11 +234,11 @@ class Workers:
 
     def _measure(self) -> None:
         """Divide by the memory bandwidth that each worker has measured."""
-        speeds = {}
-        for worker, address in enumerate(self._addresses):
-            found = ask_stats(self._connect, address, self._token, self.epoch, worker, PROBE_S * 10)
-            speeds[address] = float(found.get("copy_bytes_per_s") or 0.0)
-        self._speeds = speeds
+        try:
+            found = ask_bandwidths(self._addresses, self._token, self.epoch)
+        except TrunklineError as error:  # one that has not started yet
+            raise WorkerLost(0, str(error)) from None
+        self._speeds = dict(zip(self._addresses, found, strict=True))
         self._divide(self._wanted - self.parity)
 
     def _open(self, timeout_s: float) -> None:
