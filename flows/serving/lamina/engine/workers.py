@@ -95,6 +95,7 @@ class Workers:
         self._stores: list[str] = []  # of the connections before: what each worker called its pages
         self._kept: list[bool] = []  # whether it still has them
         self._opening = 0  # worker that is being connected
+        self._longest_s = 0.0  # that a layer has taken
         self._speeds: dict[Address, float] = {}  # of each worker, in proportion
         if isinstance(settings.cluster.weights, list):
             self._speeds = dict(zip(self._addresses, settings.cluster.weights, strict=False))
@@ -242,7 +243,9 @@ class Workers:
         self._divide(self._wanted - self.parity)
 
     def _open(self, timeout_s: float) -> None:
-        usual = self.pool.seconds_per_work if self.pool else None
+        usual = None
+        if self.pool:
+            usual, self._longest_s = self.pool.seconds_per_work, self.pool.longest_layer_s
         self.close()
         self.epoch += 1
         self._on_epoch(self.epoch)
@@ -260,7 +263,7 @@ class Workers:
             self.pages,
             epoch=self.epoch,
             layer_timeout_s=layer_ms / 1000 or None,
-            connect_timeout_s=timeout_s,
+            connect_timeout_s=timeout_s + 2 * self._longest_s,  # HELLO waits for the layer that is computed
             dial=connect,
             seconds_per_work=usual,
             with_parity=self.parity,
