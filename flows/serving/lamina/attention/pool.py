@@ -64,6 +64,27 @@ class WorkerLost(ResourceError):
         self.worker = worker
 
 
+def ask_stats(
+    dial: Dial, address: Address, token: bytes, epoch: int, worker: int, timeout_s: float
+) -> dict[str, Any]:
+    """What a worker says of itself, before it is told of any model.
+
+    Raises:
+        WorkerLost: it does not answer.
+    """
+    try:
+        link = dial(*address, timeout_s)
+        try:
+            for kind, payload in ((FrameType.HELLO, token), (FrameType.STATS, b"")):
+                link.send(Header(kind, epoch), payload)
+                answer = link.receive(timeout_s)
+        finally:
+            link.close()
+        return unpack_json(answer)
+    except (LinkClosed, LinkTimeout, FrameError) as error:
+        raise WorkerLost(worker, f"attention worker {worker} ({name_of(address)}) is lost: {error}") from None
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """What attention has to know of a model."""

@@ -11,6 +11,7 @@ only the requests of the lost worker are touched.
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,14 @@ from flows.serving.lamina.attention.partition import (
     RequestPartition,
     SequencePartition,
 )
-from flows.serving.lamina.attention.pool import Address, AttentionPool, ModelShape, WorkerLost, name_of
+from flows.serving.lamina.attention.pool import (
+    Address,
+    AttentionPool,
+    ModelShape,
+    WorkerLost,
+    ask_stats,
+    name_of,
+)
 from flows.serving.lamina.attention.session import Session
 from flows.serving.lamina.attention.transport import Connection, Dial, dial
 from flows.serving.lamina.engine.memory import pages_that_fit
@@ -93,6 +101,9 @@ class Workers:
         self._stores: list[str] = []  # of the connections before: what each worker called its pages
         self._kept: list[bool] = []  # whether it still has them
         self._opening = 0  # worker that is being connected
+        self._speeds: dict[Address, float] = {}  # of each worker, in proportion
+        if isinstance(settings.cluster.weights, list):
+            self._speeds = dict(zip(self._addresses, settings.cluster.weights, strict=False))
         self._divide(wanted - self.parity)
 
     @property
@@ -130,6 +141,8 @@ class Workers:
         deadline = time.monotonic() + START_S
         while True:
             try:
+                if self.settings.cluster.weights == "auto" and not self._speeds:
+                    self._measure()
                 self._open(PROBE_S * 10)
                 return
             except WorkerLost as error:
@@ -211,9 +224,10 @@ class Workers:
     def _divide(self, workers: int) -> None:
         """Set the partition over so many workers, and the pages that each can hold."""
         cluster, kv = self.settings.cluster, self.settings.kv
-        weights: Sequence[float] = [1.0] * workers
-        if isinstance(cluster.weights, list) and len(cluster.weights) >= workers:
-            weights = cluster.weights[:workers]
+        # a worker that took another's place, which nobody has measured, counts as the mean
+        known = [self._speeds.get(address) for address in self.assigned[:workers] if address]
+        mean = statistics.fmean([speed for speed in known if speed] or [1.0])
+        weights = [speed or mean for speed in known]
         if cluster.partition == "head":
             self.partition = HeadPartition(self.model.kv_heads, weights)
         elif cluster.partition == "request":
@@ -223,6 +237,15 @@ class Workers:
         self.pages = pages_that_fit(
             self.partition, len(self.model.layers), self.model.head_dim, kv.mb_per_worker << 20
         )
+
+    def _measure(self) -> None:
+        """Divide by the memory bandwidth that each worker has measured."""
+        speeds = {}
+        for worker, address in enumerate(self._addresses):
+            found = ask_stats(self._connect, address, self._token, self.epoch, worker, PROBE_S * 10)
+            speeds[address] = float(found.get("copy_bytes_per_s") or 0.0)
+        self._speeds = speeds
+        self._divide(self._wanted - self.parity)
 
     def _open(self, timeout_s: float) -> None:
         usual = self.pool.seconds_per_work if self.pool else None
