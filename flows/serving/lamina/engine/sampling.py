@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from flows.errors import DataError
 from flows.serving.lamina.requests import Sampling
 
-
 FEW = 1024  # tokens among which the most probable ones nearly always are
 
 
