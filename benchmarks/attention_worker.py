@@ -4,11 +4,11 @@
                                           [--kernel fused torch]
 
 Bandwidth: decode rows over a store larger than the caches, so every byte of keys and values is read from
-memory once per step. The limit is copying arrays with the same threads, in turns with it in the same run,
-reading and writing counted; the goal is 60 % of it at 4,096 tokens and 16 requests or more. Each kernel is
-compared with copying in memory like its own: the fused one has huge pages, torch has not. Round trip: Q, KV
-and OUT of one layer over loopback to a real worker process with a context of less than one page; the goal
-is 150 µs. Writes benchmarks/results/attention_worker.md.
+memory once per step. The limit is copying with the same threads, in turns with it in the same run, reading
+and writing counted; the goal is 60 % of it at 4,096 tokens and 16 requests or more. Tensors are copied as
+torch allocates them, and arrays in huge pages, as the fused kernel has them, which goes faster. Round trip:
+Q, KV and OUT of one layer over loopback to a real worker process with a context of less than one page; the
+goal is 150 µs. Writes benchmarks/results/attention_worker.md.
 """
 
 from __future__ import annotations
@@ -103,11 +103,11 @@ class Bandwidth:
 
 
 class Copy:
-    """Copying with as many threads, in memory like that of the kernel."""
+    """Copying with as many threads."""
 
-    def __init__(self, threads: int, kernel: Kernel) -> None:
+    def __init__(self, threads: int, huge_pages: bool) -> None:
         size = COPY_BYTES // threads // 4
-        make = (lambda: np.ones(size, np.float32)) if kernel == "fused" else lambda: torch.ones(size).numpy()
+        make = (lambda: np.ones(size, np.float32)) if huge_pages else lambda: torch.ones(size).numpy()
         self.pairs = [(make(), make()) for _ in range(threads)]
         self.pool = ThreadPoolExecutor(threads)
         self.bytes = 2 * COPY_BYTES
@@ -126,30 +126,33 @@ def measure_bandwidth(
     threads: int, rounds: int, contexts: Sequence[int], counts: Sequence[int], kernels: Sequence[Kernel]
 ) -> list[str]:
     rows = [
-        "| context | requests | G | kernel | keys and values, GB/s | copy, GB/s | ratio |",
-        "|---|---|---|---|---|---|---|",
+        "| context | requests | G | kernel | keys and values, GB/s | copy, GB/s | ratio "
+        "| copy in huge pages, GB/s | ratio |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    copies = {kernel: Copy(threads, kernel) for kernel in kernels}
+    copies = [Copy(threads, huge_pages) for huge_pages in (False, True)]
     for group, context, requests, kernel in product(GROUPS, contexts, counts, kernels):
         if requests * (context + 1024) * 2 * KV_HEADS * HEAD_DIM * 4 > STORE_BYTES:
             continue
-        ours, copy = Bandwidth(context, requests, group, threads, kernel), copies[kernel]
+        ours = Bandwidth(context, requests, group, threads, kernel)
         repeats = max(1, (64 << 20) // ours.bytes)
 
         def several(ours: Bandwidth = ours, repeats: int = repeats) -> None:
             for _ in range(repeats):
                 ours.step()
 
-        several(), copy.step()
-        pairs = [
-            (ours.bytes * repeats / seconds_of(several), copy.bytes / seconds_of(copy.step))
+        several()
+        turns = [
+            [ours.bytes * repeats / seconds_of(several)]
+            + [copy.bytes / seconds_of(copy.step) for copy in copies]
             for _ in range(rounds)
         ]
-        mine, limit = (statistics.median(pair[i] for pair in pairs) / 1e9 for i in (0, 1))
-        ratio = statistics.median(a / b for a, b in pairs)
-        rows.append(
-            f"| {context} | {requests} | {group} | {kernel} | {mine:.1f} | {limit:.1f} | {ratio:.0%} |"
-        )
+        mine, *limits = (statistics.median(column) / 1e9 for column in zip(*turns, strict=True))
+        cells = [f"{context} | {requests} | {group} | {kernel} | {mine:.1f}"]
+        for number, limit in enumerate(limits, 1):
+            ratio = statistics.median(turn[0] / turn[number] for turn in turns)
+            cells.append(f"{limit:.1f} | {ratio:.0%}")
+        rows.append(f"| {' | '.join(cells)} |")
         print(rows[-1], file=sys.stderr, flush=True)
         del ours
     return rows

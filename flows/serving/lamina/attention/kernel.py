@@ -3,8 +3,8 @@
 Every query takes its tokens from left to right, page by page, with a running maximum (online softmax, arXiv
 1805.02867), its own token last. A page is 16 tokens and a vector 16 numbers. Keys lie transposed: a vector
 of scores adds up over the head dimension. Values lie token by token: the output adds up over the tokens.
-A key or value comes from memory once for all queries of a step that see it, and the next page is asked for
-while this one is used.
+A key or value comes from memory once for all queries of a step that see it, and pages are asked for before
+they are used.
 
 The invariant that matters: what is done with a query is one sequence of vector operations that follows from
 its position alone. Loops over requests, heads and rows only say when. So the bits of a row do not depend on
@@ -376,11 +376,11 @@ def _capped(scores, soft_cap):  # type: ignore[no-untyped-def]
 
 
 @njit(forceinline=True)
-def _take(state, at, padded, scale, soft_cap, first, end, values, v_at, head_dim, ahead, lines):  # type: ignore[no-untyped-def]
-    """Add tokens [first, end) of a page, whose products with the keys are in the state, to one query."""
-    w_at, whole = at + padded, first == 0 and end == LANES
+def _weigh(state, at, padded, scale, soft_cap, first, end):  # type: ignore[no-untyped-def]
+    """Make weights of the products of a query with the keys of a page; tokens outside [first, end) get 0."""
+    w_at = at + padded
     scores = _capped(multiply(load(state, w_at + 2 * LANES), splat(scale)), soft_cap)
-    if not whole:
+    if end - first < LANES:
         scores = hide_outside(scores, first, end)
     before, largest = state[w_at + LANES], largest_of(scores)
     if largest > before:
@@ -393,15 +393,21 @@ def _take(state, at, padded, scale, soft_cap, first, end, values, v_at, head_dim
         largest = before
     weights = exp(add(scores, splat(-largest)))
     store(state, w_at, add(load(state, w_at), weights))
-    if whole:
-        accumulate(state, at, weights, values, v_at, head_dim, ahead, lines)
-        return
     store(state, w_at + 2 * LANES, weights)
+
+
+@njit(forceinline=True)
+def _take(state, at, padded, first, end, values, v_at, head_dim, ahead, lines):  # type: ignore[no-untyped-def]
+    """Add the values of tokens [first, end) of a page to a query, by the weights in its state."""
+    w_at = at + padded + 2 * LANES
+    if end - first == LANES:
+        accumulate(state, at, load(state, w_at), values, v_at, head_dim, ahead, lines)
+        return
     for column in range(0, padded, LANES):  # in the same order; hidden values are not touched, not even by 0
         total = load(state, at + column)
         for token in range(first, end):
-            weight = broadcast(state, w_at + 2 * LANES + token)
-            total = multiply_add(weight, load(values, v_at + token * head_dim + column), total)
+            value = load(values, v_at + token * head_dim + column)
+            total = multiply_add(broadcast(state, w_at + token), value, total)
         store(state, at + column, total)
 
 
@@ -446,6 +452,13 @@ def _score_one(q, a, keys, k_at, head_dim, state, s_a, ahead, lines):  # type: i
     store(state, s_a, add(a0, a1))
 
 
+@njit(forceinline=True)
+def _visible(position, entry, window):  # type: ignore[no-untyped-def]
+    """Tokens [first, end) of a page that a row sees."""
+    first = max(0, position - window + 1 - entry * LANES) if window else 0
+    return first, min(LANES, position - entry * LANES)
+
+
 def _attend(state, q, keys, values, spans, ranges, tables, items, sizes, window, scale, soft_cap):  # type: ignore[no-untyped-def]
     """Take the pages [ranges[i, 0], ranges[i, 1]) of span i into the states of its queries.
 
@@ -480,11 +493,11 @@ def _attend(state, q, keys, values, spans, ranges, tables, items, sizes, window,
                 if page < 0 or row >= row_end:
                     continue
                 at = ((page // per_arena * KV + head) * per_arena + page % per_arena) * page_floats
-                following = max(tables[span, min(entry + 1, end_page - 1)], 0)
+                following = max(tables[span, min(entry + 2, end_page - 1)], 0)
                 ahead = (
                     (following // per_arena * KV + head) * per_arena + following % per_arena
                 ) * page_floats
-                # the following page is asked for bit by bit, shared among the queries of this one
+                # the page after the next is asked for bit by bit, shared among the queries of this one
                 query, last = row * G, row_end * G
                 k_lines = 2 if last - query <= _TOGETHER else 1
                 v_lines = max(1, LANES // (last - query))
@@ -492,6 +505,7 @@ def _attend(state, q, keys, values, spans, ranges, tables, items, sizes, window,
                 while query < last:
                     together = _TOGETHER if query + _TOGETHER <= last else 1
                     a = ((row0 + query // G) * KV + head) * G + query % G
+                    b = c = d = a
                     if together == 1:
                         _score_one(
                             q, a * head_dim, keys, at, head_dim, state, a * stride + room, k_ahead, k_lines
@@ -508,17 +522,17 @@ def _attend(state, q, keys, values, spans, ranges, tables, items, sizes, window,
                     k_ahead += head_dim // 2 * k_lines * LANES
                     if k_ahead >= ahead + page_floats:
                         k_lines = 0
-                    for taken in range(query, query + together):
-                        at_row = position + taken // G
-                        first = max(0, at_row - window + 1 - entry * LANES) if window else 0
-                        end = min(LANES, at_row - entry * LANES)
-                        if first >= end:  # a window of one token is its own
-                            continue
-                        state_at = (((row0 + taken // G) * KV + head) * G + taken % G) * stride
+                    for j in range(together):  # apart from the next loop, so that these can overlap
+                        chosen = a if j == 0 else b if j == 1 else c if j == 2 else d
+                        first, end = _visible(position + (query + j) // G, entry, window)
+                        if first < end:  # a window of one token is its own
+                            _weigh(state, chosen * stride, padded, scale, soft_cap, first, end)
+                    for j in range(together):
+                        chosen = a if j == 0 else b if j == 1 else c if j == 2 else d
+                        first, end = _visible(position + (query + j) // G, entry, window)
                         _take(
-                            state, state_at, padded, scale, soft_cap, first, end, values, at, head_dim,
-                            v_ahead, v_lines,
-                        )  # fmt: skip
+                            state, chosen * stride, padded, first, end, values, at, head_dim, v_ahead, v_lines
+                        )
                         v_ahead += columns * v_lines * LANES
                         if v_ahead >= ahead + page_floats:
                             v_lines = 0

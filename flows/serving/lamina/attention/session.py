@@ -150,6 +150,13 @@ class Session:
         """Whether an iteration is under way."""
         return bool(self._plans)
 
+    def prepare(self) -> None:
+        """Load the kernel, which a machine has to compile once, so that no CONFIG has to wait for it."""
+        if self.fused:
+            from flows.serving.lamina.attention.kernel import compile_kernels
+
+            compile_kernels()
+
     def handle(self, frame: Frame) -> Frame | None:
         """The answer to a frame, or None if it has none.
 
