@@ -4,6 +4,7 @@
 # make lint           format, style, types, import directions
 # make up             servers, deployments and a worker in the background: schedules run     make down   ends them
 # make sweep          many settings, several at once: FILE=name in recipes/sweeps or path
+# make faults         a thousand things go wrong while language models are served; the texts stay the same
 # make ui             Prefect and MLflow pages of what ran      make serve   the champion over HTTP
 # Variables of run: DATASET=digits|cifar10|path/to/folder  RECIPE=name  SET="key=value key=value"  SMOKE=1 (a shrunken try)
 
@@ -19,7 +20,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export PREFECT_HOME ?= $(CURDIR)/.prefect
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: run sweep scenario test lint format up down ui serve report bench clean help
+.PHONY: run sweep scenario test lint format up down ui serve report bench bench-planner faults clean help
 
 run: $(VENV)/.installed $(if $(findstring causal_lm,$(SET)),$(VENV)/.installed-language)
 	@$(BIN)/trunkline run $(if $(DATASET),--dataset "$(DATASET)") $(if $(RECIPE),--recipe "$(RECIPE)") $(if $(SMOKE),--smoke) $(foreach s,$(SET),--set "$(s)")
@@ -60,6 +61,12 @@ ui: $(VENV)/.installed
 
 bench: $(VENV)/.installed-test
 	@$(BIN)/python -m benchmarks
+
+faults: $(VENV)/.installed-test
+	@$(BIN)/python -m benchmarks.lamina_faults
+
+bench-planner: $(VENV)/.installed-test
+	@$(BIN)/python -m benchmarks.planner
 
 clean:
 	rm -rf $(VENV) .cache .trunkline .prefect mlflow.db mlartifacts artifacts/data artifacts/subsets artifacts/pretrain \

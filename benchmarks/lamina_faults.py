@@ -5,8 +5,8 @@
 Three requests are generated while one thing goes wrong: an attention worker, a real process, is killed or
 stopped before a certain frame of a certain layer, or that frame is dropped, damaged, cut off, held up, sent
 twice or in an older epoch, or its connection is closed. Frames that arrive (OUT) are treated alike. All
-partitions, prompts and decoding, one and two micro-batches, with and without parity; then two things at
-once; then the engine's process itself, killed or stopped and started again from its journal.
+partitions, prompts and decoding, one and two micro-batches, with and without parity; then two things at once;
+then the engine's process itself, killed or stopped and started again from its journal.
 
 A run passes if every text is the undisturbed one, every token was said once and in order, no page is left on
 either side, and it ended in time. A fault that did not happen fails, too. `--every N` takes each N-th run.
@@ -18,12 +18,9 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -32,9 +29,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from benchmarks.lamina_engine import ROOT, running, section
+from benchmarks.forked_workers import Zygote
+from benchmarks.lamina_engine import running, section
 from flows import files
 from flows.params import Lamina
 from flows.serving.lamina.attention.frames import HEADER_BYTES, Frame, FrameError, FrameType, Header, encode
@@ -45,7 +41,7 @@ from flows.serving.lamina.engine.engine import Engine
 from flows.serving.lamina.engine.journal import Journal
 from flows.serving.lamina.engine.process import model_shape
 from flows.serving.lamina.engine.workers import Workers
-from flows.serving.lamina.requests import Finished, Sampling, Submit, TokenEvent
+from flows.serving.lamina.requests import Cancel, Finished, Sampling, Submit, TokenEvent
 from flows.serving.lamina.slices.bundle import Bundle, read_bundle
 from flows.serving.lamina.slices.runner import Slices, greedy, open_slices
 from flows.serving.measure import processor_name
@@ -88,85 +84,6 @@ class Case:
     part: str
     faults: list[Fault]
     settings: dict[str, Any] = field(default_factory=dict)
-
-
-class Zygote:
-    """Starts attention workers within milliseconds: a process that has imported everything and forks."""
-
-    def __init__(self, token: Path) -> None:
-        command = [sys.executable, "-m", "benchmarks.lamina_faults", "--zygote", str(token)]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
-        )
-        self.pids: dict[int, int] = {}  # port → process
-
-    def start(self, port: int = 0) -> int:
-        """A worker on `port`, or on a free one; gives the port."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(f"{port}\n")
-        self._process.stdin.flush()
-        told = json.loads(self._process.stdout.readline())
-        self.pids[told["port"]] = told["pid"]
-        return int(told["port"])
-
-    def replace(self, port: int) -> None:
-        with suppress(ProcessLookupError):
-            os.kill(self.pids[port], signal.SIGKILL)
-        for _ in range(200):
-            try:
-                self.start(port)
-                return
-            except KeyError:  # the port is free when the dead one is gone
-                time.sleep(0.01)
-        raise RuntimeError(f"no worker can be started on port {port}")
-
-    def lives(self, port: int) -> bool:
-        try:
-            return psutil.Process(self.pids[port]).status() not in (
-                psutil.STATUS_STOPPED,
-                psutil.STATUS_ZOMBIE,
-            )
-        except psutil.NoSuchProcess:
-            return False
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(10)
-
-
-def zygote(token_file: Path) -> None:
-    """Read a port, fork a worker there, say port and process."""
-    import socket
-
-    import torch
-
-    from flows.serving.lamina.attention.session import Session
-    from flows.serving.lamina.attention.worker import Server
-
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the dead
-    token = token_file.read_bytes()
-    children: list[int] = []
-    for line in sys.stdin:
-        try:
-            listener = socket.create_server(("127.0.0.1", int(line)))
-        except OSError as error:
-            print(json.dumps({"error": str(error)}), flush=True)
-            continue
-        pid = os.fork()
-        if pid == 0:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            Server(listener, token, Session(1 << 24), drain_timeout_s=0.1).serve()
-            os._exit(0)
-        children.append(pid)
-        port = listener.getsockname()[1]
-        listener.close()
-        print(json.dumps({"port": port, "pid": pid}), flush=True)
-    for pid in children:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
 
 
 class FaultyLink(Link):
@@ -401,7 +318,7 @@ def cases(layers: int) -> Iterator[Case]:
             settings = {"kv.redundancy": "parity", "sched.micro_batches": 1 + index % 2}
             found.append(Case("one fault, with parity", [fault], settings))
     generator = random.Random(0)
-    for index in range(120):
+    for index in range(200):
         kinds = ("kill", "stop", "drop", "corrupt", "close", "truncate")
         faults = [
             Fault(generator.choice(kinds), generator.choice(("Q", "KV")), generator.randrange(layers),
@@ -412,6 +329,43 @@ def cases(layers: int) -> Iterator[Case]:
         found.append(Case("two faults", faults, settings))
     generator.shuffle(found)
     yield from found
+
+
+def soak(bundle: Path, requests: int, say: Any) -> list[tuple[str, str, float]]:
+    """Many short requests, some cancelled, some with deadlines, some refused because too many wait."""
+    generator = random.Random(0)
+    settings = {"kv.mb_per_worker": 4, "sched.max_requests": 32, "admit.max_queued_requests": 64,
+                "recover.journal_mb": 1}  # fmt: skip
+    began = time.monotonic()
+    with running(bundle, 2, settings) as engine:
+        answers = engine.answers
+
+        def room() -> bool:  # with the next 32 a few more than may run and wait
+            return sum(not answer.ended for answer in answers.values()) < 67
+
+        for index in range(requests):
+            prompt = [generator.randrange(3, 200) for _ in range(generator.randrange(1, 24))]
+            deadline = time.time() + 0.05 if generator.random() < 0.02 else None
+            engine.send(Submit(id=f"s{index}", prompt=tuple(prompt), max_tokens=generator.randrange(1, 6),
+                               arrived=time.time(), deadline=deadline))  # fmt: skip
+            if generator.random() < 0.05:
+                engine.send(Cancel(id=f"s{index}"))
+            if index % 32 == 31:
+                engine.wait_for(room, BOUND_S)
+        done = engine.wait(timeout_s=BOUND_S)
+        engine.wait_for(lambda: engine.heartbeat is not None and not engine.heartbeat.pages_used, 5)
+        held = engine.heartbeat.pages_used if engine.heartbeat else -1
+        journal = (engine.folder / "journal").stat().st_size
+    ends: dict[str, int] = {}
+    for answer in engine.answers.values():
+        end = answer.finished.reason if answer.finished else "refused" if answer.rejected else "open"
+        ends[end] = ends.get(end, 0) + 1
+    took = time.monotonic() - began
+    say(f"soak: {requests} requests, {ends}, {held} pages held, journal {journal >> 10} KiB, {took:.0f} s")
+    problem = (
+        "" if done and not held and not engine.doubled and len(engine.answers) == requests else "see above"
+    )
+    return [(f"soak of {requests} requests", problem, 0.0)]
 
 
 def kill_engine(bundle: Path, kills: int, say: Any) -> list[tuple[str, str, float]]:
@@ -430,7 +384,12 @@ def kill_engine(bundle: Path, kills: int, say: Any) -> list[tuple[str, str, floa
                 engine.send(Submit(id=name, prompt=tuple(prompt), max_tokens=60, ignore_eos=True,
                                    sampling=Sampling(temperature=0), arrived=time.time()))  # fmt: skip
             wanted = (7 * index) % 50
-            engine.wait_for(lambda n=names, w=wanted: len(engine.answers[n[0]].tokens) >= w, 30)
+
+            def told(names: list[str] = names, wanted: int = wanted) -> bool:
+                counts = [len(engine.answers[name].tokens) for name in names]
+                return min(counts) >= 1 and max(counts) >= wanted  # all of them are in the journal
+
+            engine.wait_for(told, 30)
             kind = ("kill", "stop")[index % 2]
             began = time.monotonic()
             os.kill(engine.engine.pid, signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
@@ -497,12 +456,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--every", type=int, default=1, help="take each N-th run")
     parser.add_argument("--engine-kills", type=int, default=24)
+    parser.add_argument("--soak", type=int, default=10_000, help="requests, and a look for pages that leak")
     parser.add_argument("--no-result", action="store_true")
-    parser.add_argument("--zygote", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
-    if arguments.zygote:
-        zygote(arguments.zygote)
-        return 0
 
     def say(line: str) -> None:
         print(line, flush=True)
@@ -514,6 +470,7 @@ def main(argv: list[str] | None = None) -> int:
         chosen = list(cases(read_bundle(bundle).manifest.layers))[:: arguments.every]
         results = run_cases(bundle, folder, chosen, say)
         results += kill_engine(bundle, arguments.engine_kills, say)
+        results += soak(bundle, arguments.soak, say)
     failed = sum(bool(problem) for _, problem, _ in results)
     lines = [
         f"{len(results)} runs with faults, {failed} failed, {time.monotonic() - began:.0f} s. "

@@ -219,6 +219,51 @@ def plan_train(
     print("\n".join(describe(found, network, device_memory_gb)))
 
 
+@plan_app.command("serve")
+def plan_serve(
+    model: Annotated[
+        str, typer.Option(help="llama-33b, llama-65b, llama3-70b, or a file of shapes (docs/planner.md)")
+    ],
+    trace: Annotated[Path, typer.Option(help="requests: Azure's CSV or Mooncake's JSON lines, also .gz")],
+    hardware: Annotated[Path, typer.Option(help="devices with dated prices and efficiencies, YAML")],
+    network: Annotated[str, typer.Option(help="nccl, fhbn, or a file")] = "nccl",
+    policy: Annotated[Path | None, typer.Option(help="file with what differs from the usual policy")] = None,
+    tbt_slo_ms: Annotated[float, typer.Option(min=0.0, help="between tokens; 0: as the policy")] = 0.0,
+    ttft_slo_ms: Annotated[float, typer.Option(min=0.0, help="first token; 0: as the policy")] = 0.0,
+    fault: Annotated[
+        list[str], typer.Option(help="attention:TIME_S[:REPLACED_AFTER_S|never] or model:TIME_S:REPLACED_S")
+    ] = [],  # noqa: B006
+    hours_between_losses: Annotated[
+        float, typer.Option(min=0.0, help="of each attention device, at random by --seed; 0: none")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    truth_check: Annotated[
+        Path, typer.Option(help="comparison of the simulator with the engine on this machine")
+    ] = Path("artifacts/lamina_truth_check.json"),
+    without_truth_check: Annotated[
+        bool, typer.Option("--without-truth-check", help="show figures that nothing vouches for")
+    ] = False,
+    out: Annotated[Path, typer.Option(help="all figures, JSON")] = Path("plan.json"),
+    page: Annotated[Path | None, typer.Option(help="also a page with a picture, HTML")] = None,
+) -> None:
+    """Say which devices would serve a language model at what cost and speed, by simulation on a trace."""
+    from flows.serve_planning import answer, read_question
+
+    question = read_question(
+        model,
+        trace,
+        hardware,
+        network,
+        policy,
+        slos_ms=(tbt_slo_ms, ttft_slo_ms),
+        faults=fault,
+        hours_between_losses=hours_between_losses,
+        seed=seed,
+        truth_check=None if without_truth_check else truth_check,
+    )
+    answer(question, out, page)
+
+
 ModelName = Annotated[
     str, typer.Option(help="registered model; empty: the one of params.yaml's data set or text")
 ]

@@ -63,7 +63,9 @@ def serve_language(
         ResourceError: the port is taken, or a process cannot be kept running.
     """
     hosts = read_cluster_file(cluster) if cluster else None
-    checked = read_settings(changes, {**flags, **settings_of(hosts, flags)} if hosts else flags)
+    checked = read_settings(changes, flags)
+    if hosts is not None:
+        checked = read_settings(changes, {**flags, **settings_of(hosts, flags, checked.lamina)})
     settings = checked.lamina
     environment.interrupt_on_sigterm()
     with (
@@ -115,8 +117,8 @@ def check_division(settings: Lamina, bundle: Bundle) -> None:
 
     cluster, workers = settings.cluster, settings.cluster.attention_workers
     if not workers:
-        if cluster.spares:
-            raise ConfigError("spares take over from attention workers, but there are none; set both or none")
+        if workers_beside(settings):
+            raise ConfigError("there are no attention workers that spares or a parity worker could stand by")
         return
     weights = cluster.weights if isinstance(cluster.weights, list) else [1.0] * workers
     if len(weights) != workers:
@@ -125,11 +127,9 @@ def check_division(settings: Lamina, bundle: Bundle) -> None:
         )
     if cluster.partition == "head":
         share_heads(bundle.manifest.kv_heads, weights)
-    if settings.kv.redundancy == "parity" and (cluster.partition != "head" or workers < 2):
-        raise ConfigError("lamina.kv.redundancy parity needs partition head and at least 2 attention workers")
 
 
-def settings_of(hosts: ClusterFile, flags: Mapping[str, Any]) -> dict[str, Any]:
+def settings_of(hosts: ClusterFile, flags: Mapping[str, Any], settings: Lamina) -> dict[str, Any]:
     """What a cluster file says of section `lamina`: how many workers, and how much each can take.
 
     Raises:
@@ -137,15 +137,15 @@ def settings_of(hosts: ClusterFile, flags: Mapping[str, Any]) -> dict[str, Any]:
     """
     if "cluster.attention_workers" in flags:
         raise ConfigError("--attention-workers and --cluster exclude each other: the file names the workers")
-    spares = int(flags.get("cluster.spares", 0))
-    workers = len(hosts.each) - spares
+    others = workers_beside(settings)
+    workers = len(hosts.each) - others
     if workers < 1:
         raise ConfigError(
-            f"--spares {spares} leaves none of the {len(hosts.each)} workers of the cluster file"
+            f"of the {len(hosts.each)} workers of the cluster file {others} are spares or keep parity; "
+            "nobody is left to attend"
         )
     found: dict[str, Any] = {
         "cluster.attention_workers": workers,
-        "cluster.spares": spares,
         "kv.mb_per_worker": min(group.kv_mb for group in hosts.each),
     }
     if hosts.weights:
@@ -153,16 +153,20 @@ def settings_of(hosts: ClusterFile, flags: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def workers_beside(settings: Lamina) -> int:
+    """Attention workers that are started beside those that the model is divided over."""
+    return settings.cluster.spares + (settings.kv.redundancy == "parity")
+
+
 def make_fleet(settings: Lamina, folder: RunFolder, hosts: ClusterFile | None) -> Fleet:
     if hosts is not None:
         from flows.serving.lamina.cluster.ray_fleet import RayFleet
 
         return RayFleet(hosts, folder.token, folder.path, say_on_stderr)
-    count = settings.cluster.attention_workers + settings.cluster.spares
-    if not count:
+    if not settings.processes:
         return NoFleet()
     return LocalFleet(
-        count,
+        settings.processes,
         folder.token_file,
         say_on_stderr,
         max_bytes=settings.kv.mb_per_worker * 2**20,
@@ -237,7 +241,8 @@ def describe(url: str, name: str, bundle: Bundle, settings: Lamina, fleet: Fleet
         where = ", ".join(fleet.labels)
         workers = (
             f"{cluster.attention_workers} attention worker{'s' if cluster.attention_workers > 1 else ''}"
-            f"{f' and {cluster.spares} spare' if cluster.spares else ''}, partition {cluster.partition}, "
+            f"{', one for parity' if settings.kv.redundancy == 'parity' else ''}"
+            f"{f', {cluster.spares} spare' if cluster.spares else ''}, partition {cluster.partition}, "
             f"{settings.kv.mb_per_worker} MB of keys and values each: {where}"
         )
     else:

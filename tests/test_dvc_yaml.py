@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from flows import dvc_stage
+from flows import dvc_stage, results
+from flows.pipeline import ENDS
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES: dict[str, Any] = {
@@ -93,3 +94,14 @@ def test_the_graph_has_every_stage_after_what_it_needs() -> None:
     needs = {info.name: info.needs for info in order}
     assert "pretrain" in needs["finetune@pretrained"]
     assert "pretrain" not in needs["finetune@scratch"], "the control must not depend on pretraining"
+
+
+def test_each_objective_runs_the_stages_of_its_track_and_no_other() -> None:
+    graph = dvc_stage.read_graph(ROOT)
+    tracks = {name: dvc_stage.leading_to(graph, ends) for name, ends in ENDS.items()}
+    families = {name: {info.family for info in track} for name, track in tracks.items()}
+    assert families == {name: set(stages) for name, stages in results.STAGES.items()}
+    assert families["image"].isdisjoint(families["causal_lm"])
+    assert set(STAGES) - families["image"] - families["causal_lm"] == {"study"}
+    assert [info.name for info in tracks["image"]].count("finetune@scratch") == 1, "the control is part of it"
+    assert [info.name for info in tracks["causal_lm"]] == list(results.STAGES["causal_lm"])

@@ -16,6 +16,9 @@ from flows.params.fields import (
 )
 from flows.params.learning import Training
 
+BUNDLED_SOURCE = "constraints.txt"
+"""What DVC watches when the text comes with Python."""
+
 
 class IngestText(Section):
     dataset: Literal["pydoc_topics", "files"]
@@ -33,6 +36,12 @@ class IngestText(Section):
             raise ValueError(
                 "val_fraction + test_fraction must be below 1, so that text remains for training"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _files_are_named(self) -> Self:
+        if self.dataset == "files" and self.source == BUNDLED_SOURCE:
+            raise ValueError("dataset files needs a source: the folder or file of texts to read")
         return self
 
 

@@ -7,6 +7,7 @@ inks are among `COLOURS`: the HTML report maps them to its two themes. Equal inp
 
 from __future__ import annotations
 
+from flows.plots.costs import CostPoint, costs
 from flows.plots.evaluation import comparison, confusion, reliability
 from flows.plots.frame import COLOURS, GRID, INK, MUTED, SERIES, Format, format_duration
 from flows.plots.images import image_grid, triple_grid
@@ -28,6 +29,7 @@ __all__ = [
     "CoordinateAxis",
     "CoordinateLine",
     "Coordinates",
+    "CostPoint",
     "Format",
     "Group",
     "History",
@@ -37,6 +39,7 @@ __all__ = [
     "class_shares",
     "comparison",
     "confusion",
+    "costs",
     "curve_panels",
     "curves",
     "distributions",

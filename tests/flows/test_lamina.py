@@ -94,10 +94,9 @@ def test_the_port_is_looked_at_before_the_bundle_and_the_bundle_before_any_proce
     ("flags", "message"),
     [
         ({"cluster.attention_workers": 5}, "4 heads .* cannot be shared among 5"),
-        ({"cluster.attention_workers": 0, "cluster.spares": 1}, "spares take over"),
+        ({"cluster.attention_workers": 0, "cluster.spares": 1}, "no attention workers that spares"),
         ({"cluster.weights": [1.0, 2.0, 3.0]}, "3 entries for 2 attention workers"),
-        ({"kv.redundancy": "parity", "cluster.partition": "request"}, "parity needs partition head"),
-        ({"kv.redundancy": "parity", "cluster.attention_workers": 1}, "parity needs partition head"),
+        ({"kv.redundancy": "parity", "cluster.partition": "request"}, "parity needs attention workers"),
     ],
 )
 def test_a_model_that_does_not_divide_is_refused(
@@ -132,18 +131,23 @@ def test_a_wrong_cluster_file_is_named_with_its_key(
         read_cluster_file(cluster_file(tmp_path, **values))
 
 
-def test_the_cluster_file_says_how_many_workers_there_are_and_what_each_takes(tmp_path: Path) -> None:
+def test_the_cluster_file_says_how_many_workers_there_are_and_what_each_takes(workspace: Path) -> None:
     groups = [{"count": 2, "kv_mb": 64, "weight": 3.0}, {"kv_mb": 32, "weight": 1.0}]
-    file = read_cluster_file(cluster_file(tmp_path, workers=groups))
-    assert settings_of(file, {}) == {
-        "cluster.attention_workers": 3, "cluster.spares": 0, "kv.mb_per_worker": 32,
-        "cluster.weights": [3.0, 3.0, 1.0],
+    file = read_cluster_file(cluster_file(workspace, workers=groups))
+
+    def found(**flags: Any) -> dict[str, Any]:
+        given = {name.replace("__", "."): value for name, value in flags.items()}
+        return settings_of(file, given, read_settings([], given).lamina)
+
+    assert found() == {
+        "cluster.attention_workers": 3, "kv.mb_per_worker": 32, "cluster.weights": [3.0, 3.0, 1.0],
     }  # fmt: skip
-    assert settings_of(file, {"cluster.spares": 1})["cluster.weights"] == [3.0, 3.0]
-    with pytest.raises(ConfigError, match="leaves none"):
-        settings_of(file, {"cluster.spares": 3})
+    assert found(cluster__spares=1)["cluster.weights"] == [3.0, 3.0]
+    assert found(cluster__spares=1, kv__redundancy="parity")["cluster.attention_workers"] == 1
+    with pytest.raises(ConfigError, match="nobody is left to attend"):
+        found(cluster__spares=3)
     with pytest.raises(ConfigError, match="exclude each other"):
-        settings_of(file, {"cluster.attention_workers": 1})
+        found(cluster__attention_workers=1)
 
 
 def test_a_registered_model_is_fetched_by_name(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:

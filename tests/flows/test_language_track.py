@@ -41,6 +41,7 @@ from flows.gates import Candidate, check_gate, fetched
 from flows.language_registration import register_bundle
 from flows.params import Params
 from flows.registry import Version
+from flows.report import build_report
 from flows.stage import Stage
 from flows.stages import language_pretrain
 from flows.text.corpus import load_manifest, load_split
@@ -183,6 +184,15 @@ def test_bits_per_byte_are_those_that_transformers_finds(track: Track) -> None:
                 row = ids[None, begin : begin + 33]
                 nats += float(model(row, labels=row).loss) * (row.shape[1] - 1)
     assert nats / math.log(2) / split.bytes.sum() == pytest.approx(track.metrics["bits_per_byte"], rel=1e-5)
+
+
+def test_the_report_is_one_page_that_shows_what_was_measured(track: Track) -> None:
+    page = build_report(track.home, {"executed": ["text"]}).read_text()
+    assert f"{track.metrics['bits_per_byte']:.3f} bits per byte" in page
+    for words in ("pydoc_data.topics", "next token right", "A continuation", "<svg", "language_pretrain"):
+        assert words in page, words
+    for shared in ("http://", "<script"):
+        assert shared not in page.replace("http://www.w3.org", "")
 
 
 # ---- gates, registry, custody ------------------------------------------------------------------------------

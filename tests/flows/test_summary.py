@@ -162,3 +162,38 @@ def test_optional_numbers_may_be_missing(summary: dict[str, Any]) -> None:
 def test_markup_in_names_is_shown_as_it_is(summary: dict[str, Any]) -> None:
     summary["report"] = "/home/[bold]me[/bold]/report.html"
     assert "/home/[bold]me[/bold]/report.html" in shown(summary)
+
+
+def test_a_language_model_has_lines_of_its_own() -> None:
+    judged = {"bits_per_byte": 1.65, "bigram_bits_per_byte": 1.96, "unigram_bits_per_byte": 3.0}
+    summary = {
+        **LABELLED,
+        "objective": "causal_lm",
+        "registry": {**LABELLED["registry"], "name": "trunkline-language-pydoc"},
+        "smoke": {"prompts": 4, "tokens": 96, "seconds": 1.0},
+        "metrics": {
+            "text": {
+                "train_documents": 42,
+                "val_documents": 10,
+                "test_documents": 26,
+                "train_tokens": 118_668,
+                "unusable": 0,
+                "duplicates": 1,
+            },
+            "language_pretrain": {"parameters": 869_504, "steps": 450, "val_loss": 3.76},
+            "language_evaluate": {**judged, "top1": 0.31, "bigram_top1": 0.18},
+            "language_export": {"steps": 5, "graphs": 6, "max_logit_error": 8.6e-6},
+        },
+    }
+    console = Console(file=io.StringIO(), width=100, soft_wrap=True, highlight=False)
+    print_summary(summary, console)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    for words in (
+        "118,668 tokens to train on",
+        "0.87 M parameters, 450 steps",
+        "1.650 bits per byte of test text (bigram 1.960",
+        "logits within 8.6e-06",
+        "4 prompts continued as recorded, 96 tokens",
+        "serve language --model trunkline-language-pydoc",
+    ):
+        assert words in " ".join(shown.split()), words

@@ -161,3 +161,21 @@ def test_a_recipe_that_names_a_data_set_finds_it(
     monkeypatch.setenv("TRUNKLINE_DATA", str(tmp_path / "data"))
     ingest = workspace.prepare(recipe="cifar10").params.ingest
     assert (ingest.dataset, Path(ingest.source)) == ("cifar10", folder)
+
+
+def test_on_the_language_track_a_data_set_is_text_and_names_the_workspace(clone: Path) -> None:
+    texts = clone / "My texts"
+    texts.mkdir()
+    (texts / "a.txt").write_text("a text")
+    chosen = ["objective=causal_lm"]
+    place = workspace.prepare("My texts", settings=chosen)
+    assert place.params.ingest_text.dataset == "files"
+    assert place.params.ingest_text.source == str(texts)
+    assert place.params.ingest == workspace.prepare().params.ingest, "images stay as they are"
+    assert place.root.name.startswith("My-texts-")
+    assert workspace.prepare(settings=chosen).root.name.startswith("pydoc-")
+    assert workspace.prepare(str(texts / "a.txt"), settings=chosen).root != place.root
+    with pytest.raises(DataError, match=r"DATASET=nothing does not exist.*folder of \.txt and \.md"):
+        workspace.prepare("nothing", settings=chosen)
+    with pytest.raises(ConfigError, match="dataset files needs a source"):
+        workspace.prepare(settings=[*chosen, "ingest_text.dataset=files"])

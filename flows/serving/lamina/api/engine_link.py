@@ -243,10 +243,8 @@ class EngineLink:
 
     def _resume(self, call: Call) -> None:
         """On a new connection, once the engine has read its journal: it may know the request, or not."""
-        if call.end is not None or call.deleted:
-            self._send(
-                Cancel(id=call.id, reason=call.end or "cancelled")
-            )  # the one before may have been lost
+        if call.end is not None or call.deleted:  # and an earlier Cancel may have been lost
+            self._send(Cancel(id=call.id, reason=call.end or "cancelled"))
         self._send(Follow(id=call.id, index=call.next_index))
 
     def _send(self, message: ToEngine) -> None:

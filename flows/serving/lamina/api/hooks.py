@@ -39,7 +39,7 @@ class Hooks:
     on_silent: Callable[[], None] = _nothing
     """The engine takes connections and sends no heartbeat for `heartbeat_ms x silent_heartbeats`: end it.
 
-    Called once for a connection. A process that is gone is not reported: its exit tells.
+    Called once, until it is heard again. A process that is gone is not reported: its exit tells.
     """
     on_started: Callable[[Running], None] = _nothing
     """Requests are taken from now on; the engine may still be loading."""

@@ -13,12 +13,13 @@ processes. It must run in the main thread.
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -110,11 +111,22 @@ def _limit_buffers(listener: socket.socket, unread: int) -> None:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNACKNOWLEDGED_MS)
 
 
+class _WithoutGivenUpStreams(logging.Filter):
+    """uvicorn's remark on a stream that was given up; the gateway has said so with the request's id."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.getMessage() != "ASGI callable returned without completing response."
+
+
+_QUIET = _WithoutGivenUpStreams()
+
+
 class Server(uvicorn.Server):
     """Told to stop, it first drains: new work is refused, admitted work is answered, the engine is told."""
 
     def __init__(self, service: Service, config: uvicorn.Config) -> None:
         super().__init__(config)
+        logging.getLogger("uvicorn.error").addFilter(_QUIET)
         self.error: BaseException | None = None
         self._service = service
         self._asked = 0  # to stop
@@ -133,8 +145,9 @@ class Server(uvicorn.Server):
         self._service.draining = self.should_exit = self.force_exit = True
 
     def tell(self, message: WorkersMoved) -> None:
-        if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._service.link.move_workers, message)
+        with suppress(RuntimeError):  # the loop has ended, and the engine with it
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(self._service.link.move_workers, message)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.drain()

@@ -61,7 +61,7 @@ class PageAllocator:
 
     @property
     def used(self) -> int:
-        return sum(map(len, self._held.values()))
+        return self.pages - self._free_count - len(self._fenced)  # another thread may ask at any time
 
     @property
     def fenced(self) -> int:
@@ -123,7 +123,7 @@ class PageAllocator:
         free = {page for page, is_free in enumerate(self._free) if is_free}
         assert not free & (set(held) | self._fenced.keys()), "a page in use is free"
         assert len(free) == self._free_count
-        assert self.used + self.fenced + self.free == self.pages, "a page is lost"
+        assert len(held) + self.fenced + self.free == self.pages, "a page is lost"
 
     def _run_after(self, previous: int | None, wanted: int) -> list[int]:
         """Free pages directly after `previous` in its arena."""

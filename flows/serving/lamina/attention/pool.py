@@ -47,6 +47,7 @@ Address = tuple[str, int]
 MIN_DEADLINE_S = 0.25
 SEND_TIMEOUT_S = 2.0  # a worker that takes nothing for so long does not live
 DEADLINE_FACTOR = 5.0
+CONFIG_S = 15.0  # pages are allocated and the arithmetic is tried out
 SMOOTHING = 0.1
 REBUILD_TOKENS = 1024
 BASE_WORK = 4096.0  # keys; what a layer costs beside them is about what so many cost
@@ -122,6 +123,7 @@ class AttentionPool:
         self.partition, self.model, self.epoch = partition, model, epoch
         self.parity_worker = partition.workers if with_parity else None
         self.seconds_per_work = seconds_per_work  # smoothed, of a layer
+        self.longest_layer_s = 0.0  # so far
         self.batch_invariant = True
         self.stores = [""] * len(addresses)  # of each worker: what it calls its pages; new ones, new name
         self.pids = [0] * len(addresses)
@@ -142,7 +144,8 @@ class AttentionPool:
                     block_tokens=block_tokens, partials=partition.partials, debug=debug,
                 )  # fmt: skip
                 config = Header(FrameType.CONFIG, epoch)
-                answer = unpack_json(self._ask(worker, config, pack_json(settings.model_dump())))
+                sizes = pack_json(settings.model_dump())
+                answer = unpack_json(self._ask(worker, config, sizes, max(connect_timeout_s, CONFIG_S)))
                 self.batch_invariant &= bool(answer.get("batch_invariant"))
                 self.stores[worker] = str(answer.get("store", ""))
         except BaseException:
@@ -230,7 +233,9 @@ class AttentionPool:
             self._receive(self.parity_worker, expected._replace(type=FrameType.PREFILL_KV), deadline)
         began = current.began.pop(layer, None)
         if began is not None:
-            rate = (time.monotonic() - began) / current.work
+            took = time.monotonic() - began
+            self.longest_layer_s = max(self.longest_layer_s, took)
+            rate = took / current.work
             usual = self.seconds_per_work
             self.seconds_per_work = rate if usual is None else usual + SMOOTHING * (rate - usual)
         return join(current.shares, answers, (current.rows, self.model.heads, hd), self.model.kv_heads)
@@ -371,9 +376,9 @@ class AttentionPool:
         within_s = self._timeout_s or SEND_TIMEOUT_S
         self._guard(worker, lambda: self._link(worker).send(header, payload, max(within_s, 1.0)))
 
-    def _ask(self, worker: int, header: Header, payload: bytes = b"") -> Frame:
+    def _ask(self, worker: int, header: Header, payload: bytes = b"", within_s: float | None = None) -> Frame:
         self._send(worker, header, payload)
-        return self._receive(worker, header, time.monotonic() + self._connect_s)
+        return self._receive(worker, header, time.monotonic() + (within_s or self._connect_s))
 
     def _receive(self, worker: int, expected: Header, deadline: float) -> Frame:
         """The awaited frame; those that were awaited by an iteration given up are passed over."""

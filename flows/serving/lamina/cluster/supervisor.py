@@ -71,6 +71,7 @@ class Supervisor:
         self._on_moved: Callable[[WorkersMoved], None] | None = None
         self._addresses: list[Address] = []
         self._moved: WorkersMoved | None = None
+        self._written = b""
         self._draining = self._drained = False
         self._stopping = threading.Event()
         self._wake = threading.Event()
@@ -219,4 +220,7 @@ class Supervisor:
             "journal": str(self.folder.journal) if self._settings["recover"]["journal"] else None,
             "calibration": self._calibration,
         }
-        write_private(self.folder.engine_config, json.dumps(config, indent=2).encode())
+        data = json.dumps(config, indent=2).encode()
+        if data != self._written:  # nothing new: a disk that is full now does not matter
+            write_private(self.folder.engine_config, data)
+            self._written = data

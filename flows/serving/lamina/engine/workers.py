@@ -11,12 +11,14 @@ only the requests of the lost worker are touched.
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from flows.errors import DataError, ResourceError, TrunklineError
 from flows.params import Lamina
+from flows.serving.lamina.attention.bandwidth import ask_bandwidths
 from flows.serving.lamina.attention.local import dial_local
 from flows.serving.lamina.attention.partition import (
     HeadPartition,
@@ -93,6 +95,10 @@ class Workers:
         self._stores: list[str] = []  # of the connections before: what each worker called its pages
         self._kept: list[bool] = []  # whether it still has them
         self._opening = 0  # worker that is being connected
+        self._longest_s = 0.0  # that a layer has taken
+        self._speeds: dict[Address, float] = {}  # of each worker, in proportion
+        if isinstance(settings.cluster.weights, list):
+            self._speeds = dict(zip(self._addresses, settings.cluster.weights, strict=False))
         self._divide(wanted - self.parity)
 
     @property
@@ -130,6 +136,8 @@ class Workers:
         deadline = time.monotonic() + START_S
         while True:
             try:
+                if self.settings.cluster.weights == "auto" and not self._speeds:
+                    self._measure()
                 self._open(PROBE_S * 10)
                 return
             except WorkerLost as error:
@@ -211,9 +219,10 @@ class Workers:
     def _divide(self, workers: int) -> None:
         """Set the partition over so many workers, and the pages that each can hold."""
         cluster, kv = self.settings.cluster, self.settings.kv
-        weights: Sequence[float] = [1.0] * workers
-        if isinstance(cluster.weights, list) and len(cluster.weights) >= workers:
-            weights = cluster.weights[:workers]
+        # a worker that took another's place, which nobody has measured, counts as the mean
+        known = [self._speeds.get(address) for address in self.assigned[:workers] if address]
+        mean = statistics.fmean([speed for speed in known if speed] or [1.0])
+        weights = [speed or mean for speed in known]
         if cluster.partition == "head":
             self.partition = HeadPartition(self.model.kv_heads, weights)
         elif cluster.partition == "request":
@@ -224,8 +233,19 @@ class Workers:
             self.partition, len(self.model.layers), self.model.head_dim, kv.mb_per_worker << 20
         )
 
+    def _measure(self) -> None:
+        """Divide by the memory bandwidth that each worker has measured."""
+        try:
+            found = ask_bandwidths(self._addresses, self._token, self.epoch)
+        except TrunklineError as error:  # one that has not started yet
+            raise WorkerLost(0, str(error)) from None
+        self._speeds = dict(zip(self._addresses, found, strict=True))
+        self._divide(self._wanted - self.parity)
+
     def _open(self, timeout_s: float) -> None:
-        usual = self.pool.seconds_per_work if self.pool else None
+        usual = None
+        if self.pool:
+            usual, self._longest_s = self.pool.seconds_per_work, self.pool.longest_layer_s
         self.close()
         self.epoch += 1
         self._on_epoch(self.epoch)
@@ -243,7 +263,7 @@ class Workers:
             self.pages,
             epoch=self.epoch,
             layer_timeout_s=layer_ms / 1000 or None,
-            connect_timeout_s=timeout_s,
+            connect_timeout_s=timeout_s + 2 * self._longest_s,  # HELLO waits for the layer that is computed
             dial=connect,
             seconds_per_work=usual,
             with_parity=self.parity,

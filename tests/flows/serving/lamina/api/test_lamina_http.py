@@ -21,7 +21,8 @@ from served_texts import Running, http, running_server, settings, wait_until, wi
 from flows.errors import ConfigError, DataError, ResourceError
 from flows.serving.lamina.api.gateway import read_api_key
 from flows.serving.lamina.api.hooks import Hooks
-from flows.serving.lamina.requests import Cancel, Drain, Submit, WorkerLost
+from flows.serving.lamina.api.metrics import Metrics
+from flows.serving.lamina.requests import Cancel, Drain, Heartbeat, Submit, WorkerLost, WorkersMoved
 
 ASKED = {"model": "tiny", "prompt": "x", "max_tokens": 400}
 TEXT = "A quick brown fox"
@@ -186,12 +187,25 @@ def test_the_supervisor_hears_of_lost_workers_and_of_a_silent_engine(
         wait_until(lambda: lost == [("127.0.0.1", 4001, 77, "no answer")])
         engine.script.silent = True
         wait_until(lambda: silent == [1] and not server.service.link.is_alive)
-        engine.kill()
-        engine.start()  # it accepts, and stays silent: told again, once
-        wait_until(lambda: silent == [1, 1])
         engine.script.silent = False
         wait_until(lambda: server.service.link.is_alive)
-        assert silent == [1, 1]
+        assert silent == [1]
+        engine.script.silent = True
+        wait_until(lambda: silent == [1, 1])
+        engine.kill()
+        engine.start()  # it accepts, and stays silent
+        wait_until(lambda: silent == [1, 1, 1])
+
+
+def test_the_engine_hears_of_workers_that_moved_and_so_does_the_next_one(
+    server: Running, engine: FakeEngine
+) -> None:
+    moved = WorkersMoved(addresses=(("127.0.0.1", 4001), ("10.0.0.2", 4002)))
+    server.server.tell(moved)
+    assert engine.wait_for(WorkersMoved) == [moved]
+    engine.kill()
+    engine.start()
+    assert engine.wait_for(WorkersMoved, 2) == [moved, moved]
 
 
 def test_a_process_that_is_gone_is_not_called_silent(
@@ -311,6 +325,13 @@ def test_an_engine_that_is_busy_does_not_hold_up_the_metrics(
     engine.script.metrics = None  # it does not answer
     monkeypatch.setattr(engine_link, "METRICS_WAIT_S", 0.01)
     assert "trunkline_x 1" in get(server, "/metrics").text
+
+
+def test_preemptions_go_on_counting_when_the_engine_begins_anew() -> None:
+    metrics = Metrics("tiny", vllm_alias=True)
+    for number in (4, 4, 6, 1, 1):
+        metrics.beat(Heartbeat(state="ready", preemptions=number))
+    assert families(metrics.render().decode())["trunkline_preemptions"][("trunkline_preemptions_total",)] == 7
 
 
 def test_the_names_of_vllm_can_be_left_out(folder: Path, engine: FakeEngine, socket_path: Path) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import openai
 import pytest
 from fake_engine import FakeEngine
-from served_texts import END, Running, running_server
+from served_texts import END, Running, running_server, write_byte_fallback
 
 from flows.serving.lamina.requests import Cancel, Rejected, Submit
 
@@ -255,7 +256,20 @@ def test_a_template_may_refuse_messages(client: openai.OpenAI) -> None:
         client.chat.completions.create(model="tiny", messages=[{"role": "system", "content": "x"}])
 
 
-def test_a_client_with_a_key(folder, engine: FakeEngine, socket_path) -> None:  # type: ignore[no-untyped-def]
+def test_a_completion_goes_on_from_its_prompt_and_a_chat_begins_anew(
+    tmp_path: Path, engine: FakeEngine, socket_path: Path
+) -> None:
+    with (
+        running_server(write_byte_fallback(tmp_path / "fallback"), socket_path) as server,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0) as client,
+    ):
+        engine.script.reply = server.ids("the the")[1:]  # without the begin token
+        assert client.completions.create(model="tiny", prompt="the").choices[0].text == " the the"
+        answer = client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "the"}])
+        assert answer.choices[0].message.content == "the the"
+
+
+def test_a_client_with_a_key(folder: Path, engine: FakeEngine, socket_path: Path) -> None:
     with running_server(folder, socket_path, key="secret-key") as server:
         engine.script.reply = server.ids("x")
         for key, works in (("secret-key", True), ("secret-kez", False), ("secret-key-longer", False)):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -85,6 +87,22 @@ def test_a_client_that_goes_away_cancels_its_stream(server: Running, engine: Fak
     (cancel,) = engine.wait_for(Cancel)
     assert cancel.id in engine.requests
     wait_until(lambda: server.service.in_flight == 0 and server.service.link.open_calls == 0)
+
+
+def test_a_client_that_went_away_while_the_engine_was_dead_is_told_to_the_next_one(
+    server: Running, engine: FakeEngine
+) -> None:
+    engine.script.reply, engine.script.free, engine.script.first = server.ids(TEXT), False, 3
+    stream = Stream(server)
+    stream.read_until(TEXT[:3])
+    engine.kill()
+    wait_until(lambda: not server.service.link.is_alive)
+    stream.close()
+    wait_until(lambda: server.service.in_flight == 0)
+    engine.start()
+    engine.wait_for(Cancel)
+    wait_until(lambda: server.service.link.open_calls == 0)
+    assert [request.sent for request in engine.requests.values()] == [3]
 
 
 @pytest.mark.parametrize("first", [0, 2])
@@ -235,9 +253,15 @@ def test_a_loading_engine_is_waited_for(server: Running, engine: FakeEngine) -> 
     wait_until(lambda: "the model is being loaded" in server.service.why_not_ready())
     with new_client() as client:
         assert client.get(f"{server.url}/readyz").json()["reasons"] == ["the model is being loaded"]
-        assert not engine.requests
-        engine.script.heartbeat = {}
-        assert post(server).json()["choices"][0]["text"] == "x"
+    answers: list[httpx.Response] = []
+    thread = threading.Thread(target=lambda: answers.append(post(server)))
+    thread.start()
+    wait_until(lambda: server.service.in_flight == 1)
+    http.get(f"{server.url}/livez")  # a round trip: the request has come to where it waits
+    assert not engine.received
+    engine.script.heartbeat = {}
+    thread.join(20)
+    assert answers[0].json()["choices"][0]["text"] == "x"
 
 
 def test_a_deadline_holds_while_the_engine_is_away(
@@ -251,6 +275,20 @@ def test_a_deadline_holds_while_the_engine_is_away(
     assert stream.read_all() == TEXT[:3]
     assert stream.found[-2]["error"]["code"] == "deadline_exceeded"
     wait_until(lambda: server.service.link.open_calls == 0)
+
+
+def test_an_overdue_request_is_counted_once(
+    server: Running, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_link, "OVERDUE_S", 0.0)
+    engine.script.reply, engine.script.free = server.ids(TEXT), False
+    assert post(server, deadline_ms=50).status_code == 504  # said here, as the engine does not
+    engine.wait_for(Cancel)  # to which the engine says that it was cancelled
+    wait_until(lambda: server.service.link.open_calls == 0)
+    metrics = http.get(f"{server.url}/metrics").text
+    assert 'trunkline_request_success_total{finished_reason="error"} 1.0' in metrics
+    assert 'trunkline_request_success_total{finished_reason="cancelled"} 0.0' in metrics
+    assert 'trunkline_deadline_expired_total{stage="queue"} 1.0' in metrics
 
 
 def test_deadlines_come_from_body_header_and_settings(server: Running, engine: FakeEngine) -> None:
@@ -268,7 +306,11 @@ def test_deadlines_come_from_body_header_and_settings(server: Running, engine: F
 
 
 def test_a_reader_that_does_not_read_is_given_up(
-    folder: Path, engine: FakeEngine, socket_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path,
+    engine: FakeEngine,
+    socket_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     from flows.serving.lamina.api import streaming
 
@@ -293,6 +335,29 @@ def test_a_reader_that_does_not_read_is_given_up(
             assert post(server).json()["choices"][0]["text"] == "others go on"
             metrics = http.get(f"{server.url}/metrics").text
             assert "trunkline_slow_readers_total 1.0" in metrics
+            assert "ERROR" not in capfd.readouterr().err
+
+
+def test_what_was_read_is_no_longer_unread() -> None:
+    from flows.serving.lamina.api.streaming import Outbox
+
+    sent: list[bytes] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message["body"])
+
+    async def stream() -> int:
+        outbox = Outbox(100)
+        sending = asyncio.create_task(outbox.send_all(send))
+        for _ in range(50):
+            outbox.put(b"x" * 60)
+            await asyncio.sleep(0)
+        outbox.close()
+        await sending
+        return outbox.unread
+
+    assert asyncio.run(stream()) == 0
+    assert b"".join(sent) == b"x" * 3000
 
 
 def test_a_reader_that_pauses_gets_the_whole_stream(server: Running, engine: FakeEngine) -> None:

@@ -28,9 +28,9 @@ with run_folder(Path(sys.argv[1])) as folder:
     one = Supervisor(fleet, folder, settings={"recover": {"journal": True}}, bundle="fine", calibration="",
                      command=sys.argv[2:])
     one.start()
-    while not one.engine.ready:
+    while not one.engine.ready and one.failure is None:
         time.sleep(0.01)
-    print("up", flush=True)
+    print(one.failure or "up", flush=True)
     time.sleep(60)
 """
 

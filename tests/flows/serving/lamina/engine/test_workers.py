@@ -63,3 +63,18 @@ def test_pages_of_a_time_before_are_none(connected):
     failures[addresses[2]] = 1
     assert workers.reconnect(WorkerLost(0, "slow"), lambda: None).lost == {0}  # and the first takes its place
     assert addresses[0] in workers.assigned
+
+
+def test_heads_are_divided_by_what_the_workers_have_measured(raw_params):
+    with serving(2) as (servers, addresses):
+        servers[0].session.copy_bytes_per_s, servers[1].session.copy_bytes_per_s = 9e9, 3e9
+        raw_params["lamina"]["cluster"]["weights"] = "auto"
+        raw_params["lamina"]["kv"]["mb_per_worker"] = 1
+        workers = Workers(
+            MODEL, check(raw_params, "").lamina, addresses, TOKEN, first_epoch=1,
+            on_lost=lambda *_: None, on_epoch=lambda _: None,
+        )  # fmt: skip
+        assert workers.partition.counts == [2, 2]
+        workers.start(lambda: None)
+        assert workers.partition.counts == [3, 1]
+        workers.close()
