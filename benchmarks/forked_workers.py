@@ -77,6 +77,7 @@ def zygote(token_file: Path) -> None:
     from flows.serving.lamina.attention.worker import Server
 
     torch.set_num_threads(1)
+    Session(WORKER_BYTES).prepare()  # so that no child has to
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the dead
     token = token_file.read_bytes()
     children: list[int] = []

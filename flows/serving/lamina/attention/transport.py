@@ -6,12 +6,13 @@ stands where a real network is missing; it delays, drops and damages what is sen
 
 from __future__ import annotations
 
+import math
 import random
+import select
 import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from typing import Protocol
 
 from flows.errors import ResourceError
@@ -25,6 +26,8 @@ from flows.serving.lamina.attention.frames import (
     encode,
     verify,
 )
+
+READ_AHEAD = 1 << 16  # bytes
 
 
 class LinkClosed(ResourceError):
@@ -43,7 +46,14 @@ class Link:
         self.peer = peer
         self.sent_bytes = 0
         self.received_bytes = 0
+        connection.setblocking(False)
         self._socket = connection
+        self._readable, self._writable = select.poll(), select.poll()
+        self._readable.register(connection, select.POLLIN)
+        self._writable.register(connection, select.POLLOUT)
+        # a small frame comes with one call of the system, header and payload
+        self._ahead = bytearray(READ_AHEAD)
+        self._start = self._end = 0  # of what was read and not yet taken
 
     def send(
         self, header: Header, payload: bytes | bytearray | memoryview = b"", timeout_s: float = 10.0
@@ -68,11 +78,18 @@ class Link:
             FrameError: bytes that are not one.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        head = bytearray(HEADER_BYTES)
-        self._read_into(memoryview(head), deadline)
+        while self._end - self._start < HEADER_BYTES:
+            self._read_ahead(deadline)
+        head = self._ahead[self._start : self._start + HEADER_BYTES]
         header = decode_header(head, limit)
+        self._start += HEADER_BYTES
         payload = bytearray(header.payload_bytes)
-        self._read_into(memoryview(payload), deadline)
+        here = min(len(payload), self._end - self._start)
+        payload[:here] = memoryview(self._ahead)[self._start : self._start + here]
+        self._start += here
+        rest = memoryview(payload)[here:]
+        while len(rest):
+            rest = rest[self._read(rest, deadline) :]
         verify(header, head, payload)
         self.received_bytes += len(head) + len(payload)
         return Frame(header, payload)
@@ -85,30 +102,51 @@ class Link:
     def _write(self, head: bytes, body: memoryview, deadline: float) -> None:
         buffers = [memoryview(head), body] if len(body) else [memoryview(head)]
         while buffers:
-            count = self._call(partial(self._socket.sendmsg, buffers), deadline)
+            try:  # there is nearly always room, so nobody asks first
+                count = self._socket.sendmsg(buffers)
+            except BlockingIOError:
+                self._wait(self._writable, deadline)
+                continue
+            except OSError as error:
+                raise self._broken(error) from None
             while buffers and count >= len(buffers[0]):
                 count -= len(buffers.pop(0))
             if buffers:
                 buffers[0] = buffers[0][count:]
 
-    def _read_into(self, view: memoryview, deadline: float | None) -> None:
-        while len(view):
-            count = self._call(partial(self._socket.recv_into, view), deadline)
+    def _read_ahead(self, deadline: float | None) -> None:
+        kept = self._end - self._start
+        self._ahead[:kept] = self._ahead[self._start : self._end]
+        self._start, self._end = 0, kept
+        self._end += self._read(memoryview(self._ahead)[kept:], deadline)
+
+    def _read(self, view: memoryview, deadline: float | None) -> int:
+        while True:
+            self._wait(self._readable, deadline)
+            try:
+                count = self._socket.recv_into(view)
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                raise self._broken(error) from None
             if not count:
                 raise LinkClosed(f"{self.peer} closed the connection")
-            view = view[count:]
+            return count
 
-    def _call(self, operation: Callable[[], int], deadline: float | None) -> int:
+    def _wait(self, ready: select.poll, deadline: float | None) -> None:
         remaining = None if deadline is None else deadline - time.monotonic()
-        if remaining is not None and remaining <= 0:
-            raise LinkTimeout(f"{self.peer} did not answer in time")
         try:
-            self._socket.settimeout(remaining)
-            return operation()
-        except TimeoutError:
-            raise LinkTimeout(f"{self.peer} did not answer in time") from None
+            if remaining is None:
+                ready.poll()
+                return
+            if remaining > 0 and ready.poll(math.ceil(remaining * 1000)):
+                return
         except OSError as error:
-            raise LinkClosed(f"the connection to {self.peer} broke ({error.strerror or error})") from None
+            raise self._broken(error) from None
+        raise LinkTimeout(f"{self.peer} did not answer in time")
+
+    def _broken(self, error: OSError) -> LinkClosed:
+        return LinkClosed(f"the connection to {self.peer} broke ({error.strerror or error})")
 
 
 class SimulatedLink(Link):
