@@ -62,7 +62,8 @@ async def try_out(
                     pairs = zip(tokens, prompt.continuation, strict=False)
                     place = next((n for n, (a, b) in enumerate(pairs) if a != b), len(tokens))
                     raise GateFailed(
-                        f"golden prompt {prompt.name}: token {place} of the continuation is not the recorded one"
+                        f"golden prompt {prompt.name}: token {place} of the continuation is not the recorded "
+                        "one"
                     )
     except TimeoutError:
         raise ResourceError(f"it did not continue the golden prompts within {within_s:g} s") from None
@@ -108,5 +109,7 @@ async def retire(model: ServedModel, within_s: float, failure: Failure = lambda:
         "model_replaced",
         "the model was replaced by another version and this request took longer; send it again",
     )
+    model.hooks.on_draining()
+    model.hooks.on_drained()
     model.link.drain()
     return cut
