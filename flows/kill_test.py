@@ -69,13 +69,25 @@ def kill_test(root: Path, folder: Path) -> KillResult:
     ):
         if problem := ask_texts(client, manifest.name, texts):
             raise GateFailed(f"kill test: before anything was killed: {problem}")
-        for attempt in range(ATTEMPTS):
-            golden, before = texts[attempt % len(texts)], recoveries(client)
-            text = stream(client, manifest.name, golden, worker_pid(process.pid, attempt))
-            if problem := golden.problem(text):
-                raise GateFailed(f"kill test: with a killed attention worker: {problem}")
-            if recoveries(client) > before:
-                return KillResult(len(texts) + attempt + 1, time.monotonic() - began)
+        streams = kill_in_the_middle(client, process.pid, manifest.name, texts, WORKERS)
+        return KillResult(len(texts) + streams, time.monotonic() - began)
+
+
+def kill_in_the_middle(
+    client: httpx.Client, server_pid: int, model: str, texts: Sequence[GoldenText], workers: int
+) -> int:
+    """Stream golden prompts until a worker died in the middle of one; returns how many that took.
+
+    Raises:
+        GateFailed: an answer is not the recorded one, or none lasted until the kill.
+    """
+    for attempt in range(ATTEMPTS):
+        golden, before = texts[attempt % len(texts)], recoveries(client)
+        text = stream(client, model, golden, worker_pid(server_pid, workers, attempt))
+        if problem := golden.problem(text):
+            raise GateFailed(f"kill test: with a killed attention worker: {problem}")
+        if recoveries(client) > before:
+            return attempt + 1
     raise GateFailed(
         f"kill test: {ATTEMPTS} answers were over before a worker could be killed; raise "
         "language_promotion.golden_tokens"
@@ -102,7 +114,7 @@ def stream(client: httpx.Client, model: str, golden: GoldenText, victim: int) ->
     return text
 
 
-def worker_pid(server_pid: int, attempt: int) -> int:
+def worker_pid(server_pid: int, workers: int, attempt: int) -> int:
     """An attention worker of the server, another one at the next attempt; waits until all are there."""
     until = time.monotonic() + READY_S
     while time.monotonic() < until:
@@ -111,8 +123,8 @@ def worker_pid(server_pid: int, attempt: int) -> int:
             with contextlib.suppress(psutil.Error):
                 if WORKER_MODULE in child.cmdline():
                     found.append(child.pid)
-        if len(found) == WORKERS:
-            return sorted(found)[attempt % WORKERS]
+        if len(found) == workers:
+            return sorted(found)[attempt % workers]
         time.sleep(0.05)
     raise GateFailed(f"kill test: a killed attention worker was not replaced within {READY_S:g} s")
 
