@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Self, TypeVar
 
@@ -47,6 +47,7 @@ Address = tuple[str, int]
 MIN_DEADLINE_S = 0.25
 SEND_TIMEOUT_S = 2.0  # a worker that takes nothing for so long does not live
 DEADLINE_FACTOR = 5.0
+CONFIG_S = 15.0  # pages are allocated and the arithmetic is tried out
 SMOOTHING = 0.1
 REBUILD_TOKENS = 1024
 BASE_WORK = 4096.0  # keys; what a layer costs beside them is about what so many cost
@@ -62,27 +63,6 @@ class WorkerLost(ResourceError):
     def __init__(self, worker: int, message: str) -> None:
         super().__init__(message)
         self.worker = worker
-
-
-def ask_stats(
-    dial: Dial, address: Address, token: bytes, epoch: int, worker: int, timeout_s: float
-) -> dict[str, Any]:
-    """What a worker says of itself, before it is told of any model.
-
-    Raises:
-        WorkerLost: it does not answer.
-    """
-    try:
-        link = dial(*address, timeout_s)
-        try:
-            for kind, payload in ((FrameType.HELLO, token), (FrameType.STATS, b"")):
-                link.send(Header(kind, epoch), payload)
-                answer = link.receive(timeout_s)
-        finally:
-            link.close()
-        return unpack_json(answer)
-    except (LinkClosed, LinkTimeout, FrameError) as error:
-        raise WorkerLost(worker, f"attention worker {worker} ({name_of(address)}) is lost: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -143,6 +123,7 @@ class AttentionPool:
         self.partition, self.model, self.epoch = partition, model, epoch
         self.parity_worker = partition.workers if with_parity else None
         self.seconds_per_work = seconds_per_work  # smoothed, of a layer
+        self.longest_layer_s = 0.0  # so far
         self.batch_invariant = True
         self.stores = [""] * len(addresses)  # of each worker: what it calls its pages; new ones, new name
         self.pids = [0] * len(addresses)
@@ -163,7 +144,8 @@ class AttentionPool:
                     block_tokens=block_tokens, partials=partition.partials, debug=debug,
                 )  # fmt: skip
                 config = Header(FrameType.CONFIG, epoch)
-                answer = unpack_json(self._ask(worker, config, pack_json(settings.model_dump())))
+                sizes = pack_json(settings.model_dump())
+                answer = unpack_json(self._ask(worker, config, sizes, max(connect_timeout_s, CONFIG_S)))
                 self.batch_invariant &= bool(answer.get("batch_invariant"))
                 self.stores[worker] = str(answer.get("store", ""))
         except BaseException:
@@ -192,13 +174,13 @@ class AttentionPool:
         shares = {}
         for worker, share in enumerate(self.partition.split(table)):
             if share.table.rows or share.table.deltas:
-                self._send(worker, replace(header, rows=share.table.rows), share.table.encode())
+                self._send(worker, header._replace(rows=share.table.rows), share.table.encode())
             if share.table.rows:
                 shares[worker] = share
         for key in [key for key in self._current if key[0] < iteration - 1]:
             del self._current[key]
         if self.parity_worker is not None:
-            self._send(self.parity_worker, replace(header, rows=table.rows), table.encode())
+            self._send(self.parity_worker, header._replace(rows=table.rows), table.encode())
         work = BASE_WORK + sum(span.length * span.end for span in table.spans)
         self._current[header.key] = _Current(header, table.rows, shares, work)
 
@@ -237,7 +219,7 @@ class AttentionPool:
         deadline = time.monotonic() + self.deadline_s(current.work)
         answers = {}
         group, hd = self.model.heads // self.model.kv_heads, self.model.head_dim
-        expected = replace(current.header, type=FrameType.OUT, layer=layer)
+        expected = current.header._replace(type=FrameType.OUT, layer=layer)
         for worker, share in current.shares.items():
             frame = self._receive(worker, expected, deadline)
             rows = share.table.rows
@@ -248,10 +230,12 @@ class AttentionPool:
             answers[worker] = self._guard(worker, lambda f=frame, s=shapes: unpack_tensors(f, *s))  # type: ignore[misc]
         if self.parity_worker is not None and layer == len(self.model.layers) - 1:
             # only now is every layer of these positions protected
-            self._receive(self.parity_worker, replace(expected, type=FrameType.PREFILL_KV), deadline)
+            self._receive(self.parity_worker, expected._replace(type=FrameType.PREFILL_KV), deadline)
         began = current.began.pop(layer, None)
         if began is not None:
-            rate = (time.monotonic() - began) / current.work
+            took = time.monotonic() - began
+            self.longest_layer_s = max(self.longest_layer_s, took)
+            rate = took / current.work
             usual = self.seconds_per_work
             self.seconds_per_work = rate if usual is None else usual + SMOOTHING * (rate - usual)
         return join(current.shares, answers, (current.rows, self.model.heads, hd), self.model.kv_heads)
@@ -382,8 +366,9 @@ class AttentionPool:
     def _send_tensors(
         self, worker: int, kind: FrameType, current: _Current, layer: int, *arrays: NDArray[np.float32]
     ) -> None:
-        header = replace(
-            current.header, type=kind, layer=layer, rows=len(arrays[0]), number_type=NumberType.FLOAT32
+        key = current.header
+        header = Header(
+            kind, self.epoch, key.iteration, layer, key.micro_batch, NumberType.FLOAT32, len(arrays[0])
         )
         self._send(worker, header, pack_tensors(*arrays))
 
@@ -391,9 +376,9 @@ class AttentionPool:
         within_s = self._timeout_s or SEND_TIMEOUT_S
         self._guard(worker, lambda: self._link(worker).send(header, payload, max(within_s, 1.0)))
 
-    def _ask(self, worker: int, header: Header, payload: bytes = b"") -> Frame:
+    def _ask(self, worker: int, header: Header, payload: bytes = b"", within_s: float | None = None) -> Frame:
         self._send(worker, header, payload)
-        return self._receive(worker, header, time.monotonic() + self._connect_s)
+        return self._receive(worker, header, time.monotonic() + (within_s or self._connect_s))
 
     def _receive(self, worker: int, expected: Header, deadline: float) -> Frame:
         """The awaited frame; those that were awaited by an iteration given up are passed over."""

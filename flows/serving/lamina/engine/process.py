@@ -42,6 +42,7 @@ from flows.serving.lamina.engine.engine import Engine
 from flows.serving.lamina.engine.journal import Journal, JournalFull
 from flows.serving.lamina.engine.self_check import slices_batch_invariant
 from flows.serving.lamina.engine.workers import Workers
+from flows.serving.lamina.lifeline import exit_with_stdin
 from flows.serving.lamina.requests import Drain, Heartbeat, Message, ToEngine, WorkerLost
 from flows.serving.lamina.slices.bundle import MANIFEST, Bundle, read_bundle
 from flows.serving.lamina.slices.runner import Slices, open_slices
@@ -225,18 +226,6 @@ def read_config(path: Path) -> Config:
         raise ConfigError(f"{path}: {where}: {first['msg']}") from None
     except ValueError as error:
         raise ConfigError(f"{path} is not JSON: {error}") from None
-
-
-def exit_with_stdin() -> None:
-    """End this process when its parent has: stdin is a pipe that the parent never writes to."""
-
-    def watch() -> None:
-        with suppress(OSError):
-            while os.read(0, 1024):
-                pass
-        os._exit(75)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 from flows.errors import DataError, ResourceError, TrunklineError
 from flows.params import Lamina
+from flows.serving.lamina.attention.bandwidth import ask_bandwidths
 from flows.serving.lamina.attention.local import dial_local
 from flows.serving.lamina.attention.partition import (
     HeadPartition,
@@ -25,14 +26,7 @@ from flows.serving.lamina.attention.partition import (
     RequestPartition,
     SequencePartition,
 )
-from flows.serving.lamina.attention.pool import (
-    Address,
-    AttentionPool,
-    ModelShape,
-    WorkerLost,
-    ask_stats,
-    name_of,
-)
+from flows.serving.lamina.attention.pool import Address, AttentionPool, ModelShape, WorkerLost, name_of
 from flows.serving.lamina.attention.session import Session
 from flows.serving.lamina.attention.transport import Connection, Dial, dial
 from flows.serving.lamina.engine.memory import pages_that_fit
@@ -101,6 +95,7 @@ class Workers:
         self._stores: list[str] = []  # of the connections before: what each worker called its pages
         self._kept: list[bool] = []  # whether it still has them
         self._opening = 0  # worker that is being connected
+        self._longest_s = 0.0  # that a layer has taken
         self._speeds: dict[Address, float] = {}  # of each worker, in proportion
         if isinstance(settings.cluster.weights, list):
             self._speeds = dict(zip(self._addresses, settings.cluster.weights, strict=False))
@@ -240,15 +235,17 @@ class Workers:
 
     def _measure(self) -> None:
         """Divide by the memory bandwidth that each worker has measured."""
-        speeds = {}
-        for worker, address in enumerate(self._addresses):
-            found = ask_stats(self._connect, address, self._token, self.epoch, worker, PROBE_S * 10)
-            speeds[address] = float(found.get("copy_bytes_per_s") or 0.0)
-        self._speeds = speeds
+        try:
+            found = ask_bandwidths(self._addresses, self._token, self.epoch)
+        except TrunklineError as error:  # one that has not started yet
+            raise WorkerLost(0, str(error)) from None
+        self._speeds = dict(zip(self._addresses, found, strict=True))
         self._divide(self._wanted - self.parity)
 
     def _open(self, timeout_s: float) -> None:
-        usual = self.pool.seconds_per_work if self.pool else None
+        usual = None
+        if self.pool:
+            usual, self._longest_s = self.pool.seconds_per_work, self.pool.longest_layer_s
         self.close()
         self.epoch += 1
         self._on_epoch(self.epoch)
@@ -266,7 +263,7 @@ class Workers:
             self.pages,
             epoch=self.epoch,
             layer_timeout_s=layer_ms / 1000 or None,
-            connect_timeout_s=timeout_s,
+            connect_timeout_s=timeout_s + 2 * self._longest_s,  # HELLO waits for the layer that is computed
             dial=connect,
             seconds_per_work=usual,
             with_parity=self.parity,
