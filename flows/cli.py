@@ -353,19 +353,20 @@ def monitor(
 @app.command()
 def rollout(
     model: Annotated[
-        str, typer.Option(help="registered model; empty: the one of params.yaml's data set")
+        str, typer.Option(help="registered model; empty: the one that params.yaml is about")
     ] = "",
     server: Annotated[
-        list[str], typer.Option(help="URL of a server, may be repeated; none: rollout.servers")
+        list[str],
+        typer.Option(help="URL of a server, may be repeated; none: rollout.servers, .language_servers"),
     ] = [],  # noqa: B006
 ) -> None:
     """Wait until all servers serve the champion, and compare their answers with the recorded ones."""
-    from flows.rollout import chosen_servers
+    from flows.rollout import find_servers
     from flows.rollout import rollout as flow
 
     # a mistake is found before a Prefect server is started for the flow
-    urls = chosen_servers(params.load(), server or None)
-    for check in flow(model=model, servers=urls)["servers"]:
+    found = find_servers(params.load(), model, server or None)
+    for check in flow(model=found.version.name, servers=found.urls)["servers"]:
         print(f"{check['server']}: version {check['version']}, {check['reason']} ({check['seconds']:g} s)")
 
 

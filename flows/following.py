@@ -1,7 +1,7 @@
 """Keep a server on the version that an alias of the registry points at.
 
-A thread looks at the alias every `serve.poll_s`. A new version is fetched beside the one in use, and
-`VisionService.load` verifies, opens, warms and tries it; only then the server switches, between two batches.
+A thread looks at the alias every `serve.poll_s`. A new version is fetched beside the one in use, and `load`
+of the service verifies, opens and tries it; only then the server switches, between two batches or requests.
 Whatever fails leaves the server as it is, is counted, logged in one line and shown by /healthz; the same
 version is tried again only after `serve.retry_s`, then after twice that, and so on.
 """
@@ -14,11 +14,19 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+from prometheus_client import Counter
 
 from flows.errors import TrunklineError
 from flows.params import Serve
-from flows.serving.vision.model import Release
-from flows.serving.vision.service import RolloutState, VisionService, utc_now
+from flows.serving.rollout_state import RolloutState, utc_now
+
+Files = TypeVar("Files")
+"""A version whose files are here."""
+Model = TypeVar("Model", bound="Loaded")
+"""A version that could answer."""
+FilesIn = TypeVar("FilesIn", contravariant=True)
 
 MAX_BACKOFF = 64  # times serve.retry_s
 STOP_S = 2.0
@@ -34,18 +42,49 @@ class Target:
 
 Look = Callable[[], Target | None]
 """Asks the registry; None when the alias does not exist."""
-Fetch = Callable[[Target], Release]
-"""Brings the files of a version here."""
 
 
-class Follower:
+class Loaded(Protocol):
+    @property
+    def digest(self) -> str: ...
+
+
+class Counts(Protocol):
+    @property
+    def switches(self) -> Counter: ...
+    @property
+    def registry_errors(self) -> Counter: ...
+
+
+class Followed(Protocol[FilesIn, Model]):
+    """A server that can change what it serves."""
+
+    rollout: RolloutState
+
+    @property
+    def metrics(self) -> Counts: ...
+
+    def load(self, release: FilesIn, settings: Serve) -> Model:
+        """Ready to take over, or an error and nothing changed."""
+
+    def switch(self, model: Model) -> None:
+        """Serve it from the next request on, and count that."""
+
+
+class Follower(Generic[Files, Model]):
     """The loop, one step at a time: `step` never raises."""
 
     def __init__(
-        self, service: VisionService, settings: Serve, look: Look, fetch: Fetch, current: Target
+        self,
+        service: Followed[Files, Model],
+        settings: Serve,
+        look: Look,
+        fetch: Callable[[Target], Files],
+        current: Target,
     ) -> None:
         """
         Args:
+            fetch: brings the files of a version here.
             current: what `service` has loaded already.
         """
         self._service = service
@@ -79,6 +118,8 @@ class Follower:
         started = time.monotonic()
         try:
             model = self._service.load(self._fetch(target), self._settings)
+            digest = model.digest
+            self._service.switch(model)
         except Exception as error:
             self._failures = self._failures + 1 if target == self._failed else 1
             self._failed = target
@@ -89,11 +130,10 @@ class Follower:
             return
         before, self._current = self._current, target
         self._failed, self._failures = None, 0
-        self._service.switch(model)
         self._show(None, "current", "")
         logger.warning(
             "serving version %s (digest %s) instead of %s, %.1f s after it was seen",
-            target.version, model.digest[:12], before.version, time.monotonic() - started,
+            target.version, digest[:12], before.version, time.monotonic() - started,
         )  # fmt: skip
 
     def _report(self, target: Target | None, state: str, reason: str) -> None:
@@ -112,13 +152,24 @@ class Follower:
 
 
 @contextmanager
-def following(follower: Follower, poll_s: float) -> Iterator[None]:
-    """A thread that steps every `poll_s` while the block runs."""
+def following(
+    follower: Follower[Files, Model],
+    poll_s: float,
+    patience_s: float = STOP_S,
+    may_step: Callable[[], bool] = lambda: True,
+) -> Iterator[None]:
+    """A thread that steps every `poll_s` while the block runs.
+
+    Args:
+        patience_s: how long its last step is waited for.
+        may_step: whether the server is there to be switched.
+    """
     stop = threading.Event()
 
     def run() -> None:
         while not stop.wait(poll_s):
-            follower.step()
+            if may_step():
+                follower.step()
 
     # a daemon: a registry that hangs must not keep the process
     thread = threading.Thread(target=run, name="follower", daemon=True)
@@ -127,7 +178,7 @@ def following(follower: Follower, poll_s: float) -> Iterator[None]:
         yield
     finally:
         stop.set()
-        thread.join(STOP_S)
+        thread.join(patience_s)
 
 
 def _reason(error: Exception) -> str:

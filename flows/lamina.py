@@ -15,13 +15,13 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from flows import environment, params, paths
+from flows import environment, files, params, paths
 from flows.errors import ConfigError
 from flows.params import Lamina, Params
 from flows.serving.lamina.api.hooks import Hooks, Running
@@ -30,13 +30,20 @@ from flows.serving.lamina.cluster.cluster_file import ClusterFile, read_cluster_
 from flows.serving.lamina.cluster.fleet import Fleet, LocalFleet, NoFleet
 from flows.serving.lamina.cluster.run_folder import RunFolder, run_folder
 from flows.serving.lamina.cluster.supervisor import Supervisor
-from flows.serving.lamina.slices.bundle import Bundle, read_bundle
+from flows.serving.lamina.slices.bundle import MANIFEST, Bundle, read_bundle
 from flows.serving.listening import listening_socket, server_url
 from flows.supervisor import fetch
+
+if TYPE_CHECKING:
+    from flows.serving.lamina.api.server import Server
 
 ENVIRONMENT = "LAMINA__"
 POLL_S = 0.1
 PROMPT = "Once upon a time"
+NOT_FOLLOWED = (
+    "with --cluster the alias is not followed: two models at once would need room for both on its hosts; "
+    "restart the command to serve a new version"
+)
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,37 @@ class Registered:
 
     model: str
     alias: str
-    version: str
+    version: str  # empty: the alias counts, and is followed
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What is served first."""
+
+    bundle: Bundle
+    name: str
+    version: str | None
+    digest: str
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """A bundle and the processes that serve it."""
+
+    bundle: Bundle
+    folder: RunFolder
+    supervisor: Supervisor
+
+    @property
+    def hooks(self) -> Hooks:
+        supervisor = self.supervisor
+        return Hooks(
+            on_worker_lost=supervisor.worker_lost,
+            on_silent=supervisor.engine_silent,
+            on_draining=supervisor.draining,
+            on_drained=supervisor.drained,
+            is_replacing=supervisor.is_replacing,
+        )
 
 
 def serve_language(
@@ -72,11 +109,9 @@ def serve_language(
         suppress(KeyboardInterrupt),  # told to stop before there was anything to finish
         listening_socket(settings.http.host, settings.http.port, "lamina.http") as listener,
     ):
-        bundle = read_bundle(fetch_bundle(checked, source))
-        check_division(settings, bundle)
-        with run_folder() as folder:
-            fleet = make_fleet(settings, folder, hosts)
-            run(bundle, source, settings, fleet, folder, listener)
+        chosen = choose(checked, source)
+        check_division(settings, chosen.bundle)
+        run(chosen, source, checked, hosts, listener)
 
 
 def read_settings(changes: Sequence[str], flags: Mapping[str, Any]) -> Params:
@@ -100,12 +135,23 @@ def read_settings(changes: Sequence[str], flags: Mapping[str, Any]) -> Params:
     return params.check(values, " with ".join(origins))
 
 
-def fetch_bundle(checked: Params, source: Path | Registered) -> Path:
+def choose(checked: Params, source: Path | Registered) -> Chosen:
+    """
+    Raises:
+        DataError: no such version, or its files are of no use.
+    """
     if isinstance(source, Path):
-        return source
-    from flows.language_registry import fetch_bundle as fetch_registered
+        bundle = read_bundle(source)
+        return Chosen(bundle, bundle.manifest.name, None, digest_of(bundle))
+    from flows.language_registry import fetch_bundle
 
-    return fetch_registered(checked, source.model, source.alias, source.version)
+    found = fetch_bundle(checked, source.model, source.alias, source.version)
+    return Chosen(read_bundle(found.folder), found.name, found.version, found.digest)
+
+
+def digest_of(bundle: Bundle) -> str:
+    """What the registry calls it by: the sha256 of its manifest, which lists every other file."""
+    return files.sha256_file(bundle.folder / MANIFEST)
 
 
 def check_division(settings: Lamina, bundle: Bundle) -> None:
@@ -127,6 +173,21 @@ def check_division(settings: Lamina, bundle: Bundle) -> None:
         )
     if cluster.partition == "head":
         share_heads(bundle.manifest.kv_heads, weights)
+
+
+def check_room(settings: Lamina, bundle: Bundle) -> None:
+    """
+    Raises:
+        ResourceError: a worker has not even room for one block of keys and values of this model.
+    """
+    from flows.serving.lamina.attention.partition import HeadPartition
+    from flows.serving.lamina.engine.memory import pages_that_fit
+
+    cluster, manifest = settings.cluster, bundle.manifest
+    divided = cluster.partition == "head" and cluster.attention_workers
+    weights = cluster.weights if isinstance(cluster.weights, list) else [1.0] * cluster.attention_workers
+    partition = HeadPartition(manifest.kv_heads, weights if divided else [1.0])
+    pages_that_fit(partition, manifest.layers, manifest.head_size, settings.kv.mb_per_worker << 20)
 
 
 def settings_of(hosts: ClusterFile, flags: Mapping[str, Any], settings: Lamina) -> dict[str, Any]:
@@ -174,57 +235,84 @@ def make_fleet(settings: Lamina, folder: RunFolder, hosts: ClusterFile | None) -
     )
 
 
+@contextmanager
+def deployed(bundle: Bundle, settings: Lamina, hosts: ClusterFile | None) -> Iterator[Deployment]:
+    """The processes of a bundle: attention workers listen and the engine was started; all end with the block.
+
+    Raises:
+        ConfigError, ResourceError: a worker cannot be started; nothing is left of the others.
+    """
+    with run_folder() as folder:
+        supervisor = Supervisor(
+            make_fleet(settings, folder, hosts),
+            folder,
+            settings=settings.model_dump(mode="json"),
+            bundle=str(bundle.folder.resolve()),
+            calibration=str(calibration_file(bundle)),
+        )
+        try:
+            supervisor.start()
+            yield Deployment(bundle, folder, supervisor)
+        finally:
+            supervisor.stop()
+
+
 def run(
-    bundle: Bundle,
+    chosen: Chosen,
     source: Path | Registered,
-    settings: Lamina,
-    fleet: Fleet,
-    folder: RunFolder,
+    checked: Params,
+    hosts: ClusterFile | None,
     listener: socket.socket,
 ) -> None:
     """Start all processes, answer, end all processes."""
     from flows.serving.lamina.api.server import serve
 
-    supervisor = Supervisor(
-        fleet,
-        folder,
-        settings=settings.model_dump(mode="json"),
-        bundle=str(bundle.folder.resolve()),
-        calibration=str(calibration_file(bundle)),
-    )
-    registered = source if isinstance(source, Registered) else None
-    name = registered.model if registered else bundle.manifest.name
+    settings, fleets = checked.lamina, list[Fleet]()
 
     def announce() -> None:
-        print(describe(server_url(listener), name, bundle, settings, fleet), flush=True)
+        print(describe(server_url(listener), chosen.name, chosen.bundle, settings, fleets[0]), flush=True)
 
-    with hangup() as told_to_hang_up, ready_watch(server_url(listener), announce):
+    @contextmanager
+    def another(bundle: Bundle) -> Iterator[Deployment]:
+        check_division(settings, bundle)
+        check_room(settings, bundle)
+        with deployed(bundle, settings, None) as deployment:
+            yield deployment
+
+    with (
+        hangup() as told_to_hang_up,
+        ready_watch(server_url(listener), announce),
+        ExitStack() as processes,
+    ):
+        deployment = processes.enter_context(deployed(chosen.bundle, settings, hosts))
+        supervisor = deployment.supervisor
+        fleets.append(supervisor.fleet)
 
         def on_started(running: Running) -> None:
             told_to_hang_up(running.drain)
             supervisor.watch(running.fail, running.tell)
 
-        hooks = Hooks(
-            on_worker_lost=supervisor.worker_lost,
-            on_silent=supervisor.engine_silent,
-            on_started=on_started,
-            on_draining=supervisor.draining,
-            on_drained=supervisor.drained,
-            is_replacing=supervisor.is_replacing,
+        def follow(server: Server) -> AbstractContextManager[None]:
+            from flows.language_following import Candidate, following_alias
+
+            first = Candidate(server.service.current, supervisor, processes.close)
+            assert isinstance(source, Registered)
+            return following_alias(checked, source.alias, server, another, first)
+
+        follows = isinstance(source, Registered) and not source.version
+        if follows and hosts is not None:
+            say_on_stderr(NOT_FOLLOWED)
+        serve(
+            chosen.bundle,
+            settings,
+            deployment.folder.socket,
+            listener=listener,
+            name=chosen.name,
+            version=chosen.version,
+            digest=chosen.digest,
+            hooks=replace(deployment.hooks, on_started=on_started),
+            companion=follow if follows and hosts is None else None,
         )
-        try:
-            supervisor.start()
-            serve(
-                bundle,
-                settings,
-                folder.socket,
-                listener=listener,
-                name=name,
-                version=(registered.version or registered.alias) if registered else None,
-                hooks=hooks,
-            )
-        finally:
-            supervisor.stop()
 
 
 def calibration_file(bundle: Bundle) -> Path:

@@ -19,6 +19,8 @@ from typing import Any
 from flows import golden_prompts, language_champion
 from flows.bootstrap import compare_rates
 from flows.decoders import TRAINING
+from flows.errors import GateFailed
+from flows.kill_test import kill_test
 from flows.language_registration import LANGUAGE_SEALED, bundle_md5
 from flows.registry import Version
 from flows.serving.lamina.slices.bundle import read_bundle
@@ -119,18 +121,27 @@ def check_quality(candidate: Candidate, champion: Version | None) -> tuple[str, 
 
 
 def check_servability(candidate: Candidate, champion: Version | None) -> tuple[str, dict[str, Any]]:
-    """The bundle opens, in either form of its programs, and answers the golden prompts as recorded."""
+    """The bundle opens, in either form of its programs, and answers the golden prompts as recorded; so does
+    the real server while an attention worker dies."""
     prompts = golden_prompts.read_golden(candidate.folder)
     bundle = read_bundle(candidate.folder)
     tokens = sum(len(prompt.continuation) for prompt in prompts)
-    figures = {"prompts": len(prompts), "tokens": tokens}
+    figures: dict[str, Any] = {"prompts": len(prompts), "tokens": tokens}
     for split in (True, False):
         if different := golden_prompts.ask_golden(open_slices(bundle, split=split), prompts):
             raise Failed(
                 f"{len(different)} of {len(prompts)} golden prompts: {different[0]}",
                 figures | {"different": len(different)},
             )
-    return f"{len(prompts)} golden prompts continued as recorded, {tokens} tokens", figures
+    reason = f"{len(prompts)} golden prompts continued as recorded, {tokens} tokens"
+    if candidate.params.language_promotion.kill_test:
+        try:
+            killed = kill_test(candidate.root, candidate.folder)
+        except GateFailed as error:
+            raise Failed(str(error), figures) from error
+        figures |= {"kill_test_s": round(killed.seconds, 1), "kill_test_answers": killed.answers}
+        reason += "; also by the server when an attention worker was killed in the middle of an answer"
+    return reason, figures
 
 
 def check_budget(candidate: Candidate, champion: Version | None) -> tuple[str, dict[str, Any]]:

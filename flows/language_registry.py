@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,18 @@ from flows.serving.lamina.slices.bundle import read_bundle
 from flows.serving.lamina.slices.runner import open_slices
 
 
-def fetch_bundle(params: Params, model: str = "", alias: str = CHAMPION, version: str = "") -> Path:
-    """The folder of a registered bundle, whose files are those that were registered.
+@dataclass(frozen=True)
+class Fetched:
+    """A registered bundle on this machine, its files those that were registered."""
+
+    folder: Path
+    name: str
+    version: str
+    digest: str
+
+
+def fetch_bundle(params: Params, model: str = "", alias: str = CHAMPION, version: str = "") -> Fetched:
+    """A registered bundle, downloaded if it is not here, verified.
 
     Args:
         model: registered model; empty: the one of the text of params.yaml.
@@ -33,7 +44,7 @@ def fetch_bundle(params: Params, model: str = "", alias: str = CHAMPION, version
     return fetch_version(params, found)
 
 
-def fetch_version(params: Params, version: Version) -> Path:
+def fetch_version(params: Params, version: Version) -> Fetched:
     """
     Raises:
         DataError: not a language model, or its files are not those that were registered.
@@ -55,7 +66,7 @@ def fetch_version(params: Params, version: Version) -> Path:
         open_registered(folder, digest)
     os.utime(folder)
     serve.prune(serve.served_folder(version.name), params.serve.keep_versions)
-    return folder
+    return Fetched(folder, version.name, version.version, digest)
 
 
 def ask_registered(params: Params, version: Version) -> dict[str, Any]:
@@ -65,7 +76,7 @@ def ask_registered(params: Params, version: Version) -> dict[str, Any]:
         GateFailed: it says something else than was recorded.
     """
     began = time.monotonic()
-    folder = fetch_version(params, version)
+    folder = fetch_version(params, version).folder
     prompts = golden_prompts.read_golden(folder)
     if different := golden_prompts.ask_golden(open_slices(read_bundle(folder)), prompts):
         raise GateFailed(f"golden prompts: {len(different)} of {len(prompts)} differ: {different[0]}")

@@ -1,17 +1,18 @@
 """The flow `rollout`: have all servers taken up the champion, and do they answer as it should?
 
 Servers follow their alias by themselves (`flows.following`); this flow only watches. It waits until each one
-shows the champion's digest, sends the golden requests of the registered folder over HTTP, and publishes a
-table. A server that does not get there fails the flow, with its reason; `rollout.rollback_on_failure` then
-moves the alias back, and the servers follow it back.
+shows the champion's digest, sends the golden requests of the registered folder over HTTP (images, or prompts
+of a language model), and publishes a table. A server that does not get there fails the flow, with its reason;
+`rollout.rollback_on_failure` then moves the alias back, and the servers follow it back.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from flows import environment
@@ -26,7 +27,9 @@ from prefect.cache_policies import NO_CACHE  # noqa: E402
 from flows import aliases, serve  # noqa: E402
 from flows import params as parameters  # noqa: E402
 from flows.errors import ConfigError, DataError, GateFailed  # noqa: E402
+from flows.golden_texts import GoldenText, ask_texts, read_texts  # noqa: E402
 from flows.language_registration import is_language_model  # noqa: E402
+from flows.language_registry import fetch_version  # noqa: E402
 from flows.params import Params, Rollout  # noqa: E402
 from flows.registry import CHAMPION, Version  # noqa: E402
 from flows.serving.golden import Golden, compare, read_golden  # noqa: E402
@@ -56,13 +59,23 @@ class Expected:
     int8_agreement: float
 
 
+@dataclass(frozen=True)
+class ExpectedTexts:
+    """The same of a language model."""
+
+    version: Version
+    digest: str
+    golden: Sequence[GoldenText]
+    headers: Mapping[str, str] = field(default_factory=dict)  # the key that servers ask for
+
+
 @flow(name="rollout", persist_result=False)
 def rollout(model: str = "", servers: list[str] | None = None) -> dict[str, Any]:
     """Watch the servers take up the champion; see the module.
 
     Args:
-        model: registered model; empty: the one of params.yaml's data set.
-        servers: URLs; None: `rollout.servers`.
+        model: registered model; empty: the one that `objective` of params.yaml is about.
+        servers: URLs; None: `rollout.servers`, or `rollout.language_servers`.
 
     Raises:
         ConfigError: there is no server to ask.
@@ -70,9 +83,9 @@ def rollout(model: str = "", servers: list[str] | None = None) -> dict[str, Any]
         GateFailed: a server does not serve the champion.
     """
     params = parameters.load()
-    urls = chosen_servers(params, servers)
-    name = model or params.registered_model(serve.dataset_name(params))
-    expected = expectation(params, name)
+    found = find_servers(params, model, servers)
+    name, urls = found.version.name, found.urls
+    expected = expectation(params, found.version)
     get_run_logger().info(
         "%s version %s (digest %s) on %d servers, %d golden requests each",
         name, expected.version.version, expected.digest[:12], len(urls), len(expected.golden),
@@ -91,31 +104,39 @@ def rollout(model: str = "", servers: list[str] | None = None) -> dict[str, Any]
     }
 
 
-def chosen_servers(params: Params, given: Sequence[str] | None) -> list[str]:
+@dataclass(frozen=True)
+class Servers:
+    """A champion and who should serve it."""
+
+    version: Version
+    urls: list[str]
+
+
+def find_servers(params: Params, model: str, given: Sequence[str] | None) -> Servers:
     """
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no server to ask.
+        DataError: no such model, or no champion.
     """
-    if urls := list(params.rollout.servers if given is None else given):
-        return urls
-    raise ConfigError("no servers to ask: list their URLs in rollout.servers or give --server URL")
+    version = serve.find(params, model or serve.default_model(params), CHAMPION, "")
+    key = "language_servers" if is_language_model(version) else "servers"
+    if urls := list(getattr(params.rollout, key) if given is None else given):
+        return Servers(version, urls)
+    raise ConfigError(f"no servers to ask: list their URLs in rollout.{key} or give --server URL")
 
 
-def expectation(params: Params, name: str) -> Expected:
-    """The champion of `name`, its files fetched and verified.
+def expectation(params: Params, version: Version) -> Expected | ExpectedTexts:
+    """What servers of `version` show and answer; its files are fetched and verified.
 
     Raises:
-        DataError: no such model, no champion, or its files are damaged.
+        DataError: its files are damaged.
     """
-    version = serve.find(params, name, CHAMPION, "")
-    if is_language_model(version):
-        raise DataError(
-            f"{name} is a language model, and `trunkline rollout` asks servers of image classifiers; restart "
-            "its servers with: trunkline serve language --model " + name
-        )
     digest = version.tags.get("onnx.digest")
     if not digest:
-        raise DataError(f"{name} version {version.version} has no tag onnx.digest; register it again")
+        raise DataError(f"{version.name} version {version.version} has no tag onnx.digest; register it again")
+    if is_language_model(version):
+        texts = read_texts(fetch_version(params, version).folder)
+        return ExpectedTexts(version, digest, texts, authorization(params.lamina.http.api_key_file))
     golden = read_golden(serve.release(params, version).folder)
     return Expected(
         version, digest, golden, params.serve.golden_tolerance, params.serve.golden_int8_agreement
@@ -123,7 +144,9 @@ def expectation(params: Params, name: str) -> Expected:
 
 
 @task(cache_policy=NO_CACHE, persist_result=False, name="check servers")
-def check_servers(settings: Rollout, expected: Expected, urls: list[str]) -> list[ServerCheck]:
+def check_servers(
+    settings: Rollout, expected: Expected | ExpectedTexts, urls: list[str]
+) -> list[ServerCheck]:
     """Ask all servers at once."""
     until = time.monotonic() + settings.wait_s
     with ThreadPoolExecutor(len(urls)) as pool:
@@ -138,10 +161,13 @@ def check_servers(settings: Rollout, expected: Expected, urls: list[str]) -> lis
     return checks
 
 
-def check_server(settings: Rollout, expected: Expected, url: str, until: float) -> ServerCheck:
+def check_server(
+    settings: Rollout, expected: Expected | ExpectedTexts, url: str, until: float
+) -> ServerCheck:
     """Wait for one server, then ask it; `until` is a time.monotonic()."""
     started = time.monotonic()
-    with httpx.Client(base_url=url.rstrip("/"), timeout=settings.request_s) as client:
+    headers = expected.headers if isinstance(expected, ExpectedTexts) else {}
+    with httpx.Client(base_url=url.rstrip("/"), timeout=settings.request_s, headers=headers) as client:
         while True:
             version, reason, is_final = look(client, expected)
             if not reason or is_final or time.monotonic() >= until:
@@ -149,7 +175,7 @@ def check_server(settings: Rollout, expected: Expected, url: str, until: float) 
             time.sleep(min(settings.poll_s, max(0.0, until - time.monotonic())))
         seconds = round(time.monotonic() - started, 1)
         if not reason:
-            reason = ask_golden(client, expected)
+            reason = ask(client, expected)
         elif not is_final:
             reason += f", {seconds:g} s after it was asked first"
     passed = not reason
@@ -157,12 +183,13 @@ def check_server(settings: Rollout, expected: Expected, url: str, until: float) 
     return ServerCheck(url, passed, version, seconds, reason or f"serves the champion, {asked}")
 
 
-def look(client: httpx.Client, expected: Expected) -> tuple[str, str, bool]:
+def look(client: httpx.Client, expected: Expected | ExpectedTexts) -> tuple[str, str, bool]:
     """The version it shows, why that is not the champion (empty: it is), and whether waiting is in vain."""
+    part = "bundle" if isinstance(expected, ExpectedTexts) else "fp32"
     try:
         answer = client.get("/healthz")
         health = answer.json()
-        version, digest = str(health["version"]), health["digests"]["fp32"]
+        version, digest = str(health["version"]), health["digests"][part]
         following = health.get("rollout") or {}
     except httpx.HTTPError as error:
         return "", f"cannot be reached: {str(error) or type(error).__name__}", False
@@ -183,8 +210,30 @@ def look(client: httpx.Client, expected: Expected) -> tuple[str, str, bool]:
     return version, reason, False
 
 
+def ask(client: httpx.Client, expected: Expected | ExpectedTexts) -> str:
+    """Send the golden requests, images or prompts; the first problem, or empty."""
+    if isinstance(expected, Expected):
+        return ask_golden(client, expected)
+    if problem := ask_texts(client, expected.version.name, expected.golden):
+        return problem
+    return look(client, expected)[1]  # answers do not name their version: it must still be this one
+
+
+def authorization(key_file: str) -> dict[str, str]:
+    """
+    Raises:
+        ConfigError: the file is of no use.
+    """
+    if not key_file:
+        return {}
+    try:
+        return {"Authorization": f"Bearer {Path(key_file).read_text(encoding='utf-8').strip()}"}
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"lamina.http.api_key_file {key_file!r} cannot be read: {error}") from None
+
+
 def ask_golden(client: httpx.Client, expected: Expected) -> str:
-    """Send the golden requests; the first problem, or empty."""
+    """Send the golden images; the first problem, or empty."""
     problems = []
     is_int8 = False
     for golden in expected.golden:

@@ -102,5 +102,6 @@ class LanguagePromotion(Section):
     golden_tokens: Positive
     max_token_ms: Annotated[float, Field(gt=0.0)]
     timed_tokens: Annotated[int, Field(ge=2)]
+    kill_test: bool
     max_memory_mb: Annotated[float, Field(gt=0.0)]
     max_size_mb: Annotated[float, Field(gt=0.0)]

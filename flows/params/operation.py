@@ -124,6 +124,7 @@ class Placement(Section):
 
 class Rollout(Section):
     servers: list[Annotated[str, Field(pattern=r"^https?://[^/\s]+/?$")]]
+    language_servers: list[Annotated[str, Field(pattern=r"^https?://[^/\s]+/?$")]]
     wait_s: NonNegative
     poll_s: Annotated[float, Field(gt=0.0)]
     request_s: Annotated[float, Field(gt=0.0)]

@@ -46,6 +46,7 @@ TINY: Mapping[str, Any] = {
         "golden_tokens": 8,
         "max_token_ms": 60000.0,
         "timed_tokens": 4,
+        "kill_test": False,  # has a test of its own: it starts a server
     },
     "lamina": {"model": {"threads": 1}},
 }

@@ -153,9 +153,9 @@ def test_the_cluster_file_says_how_many_workers_there_are_and_what_each_takes(wo
 def test_a_registered_model_is_fetched_by_name(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def fetch_bundle(checked: Any, model: str, alias: str, version: str) -> Path:
+    def fetch_bundle(checked: Any, model: str, alias: str, version: str) -> Any:
         asked.append((model, alias, version))
-        return workspace / "fetched"
+        return SimpleNamespace(folder=workspace / "fetched")
 
     registry = SimpleNamespace(fetch_bundle=fetch_bundle)
     monkeypatch.setitem(sys.modules, "flows.language_registry", registry)

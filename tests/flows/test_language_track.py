@@ -209,18 +209,21 @@ def test_a_sound_bundle_passes_every_gate_and_is_served_from_the_registry(track:
     assert quality.figures["bits_per_byte_low"] < quality.figures["bits_per_byte_high"]
     assert promotion_log.read(track.params, track.version.name)[-1].action == "promote"
 
-    folder = language_registry.fetch_bundle(track.params)
+    here = language_registry.fetch_bundle(track.params)
+    folder = here.folder
+    assert (here.name, here.version) == (track.version.name, track.version.version)
     assert files.sha256_file(folder / "manifest.json") == track.version.tags["onnx.digest"]
     assert json.loads((folder / "manifest.json").read_text())["name"] == track.version.name
     weights = next(folder.glob("weights_00.data"))
     weights.write_bytes(b"damaged")
-    assert language_registry.fetch_bundle(track.params, version="1") == folder
+    assert language_registry.fetch_bundle(track.params, version="1") == here
     assert weights.stat().st_size > 100, "fetched again"
     assert language_registry.ask_registered(track.params, made.version)["prompts"] == 2
     with pytest.raises(DataError, match="has no alias 'other'"):
         language_registry.fetch_bundle(track.params, alias="other")
-    with pytest.raises(DataError, match="serve language"):
-        rollout.expectation(track.params, track.version.name)
+    expected = rollout.expectation(track.params, made.version)
+    assert isinstance(expected, rollout.ExpectedTexts)
+    assert len(expected.golden) == 2
     with pytest.raises(DataError, match="no previous version"):
         aliases.rollback(track.params, track.version.name)
 

@@ -18,7 +18,7 @@ import pytest
 from releases import make_releases
 from serving_workspace import ROOT, Exported, write_params
 
-from flows import registry, rollout, tracking
+from flows import registry, rollout, serve, tracking
 from flows.errors import ConfigError, DataError, GateFailed
 from flows.params import Params
 from flows.ports import free_port
@@ -66,6 +66,10 @@ def watch(registered: Params, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
 
     run.tables = tables  # type: ignore[attr-defined]
     return run
+
+
+def champion(params: Params) -> registry.Version:
+    return serve.find(params, NAME, "champion", "")
 
 
 @contextmanager
@@ -148,7 +152,7 @@ def test_something_else_behind_the_address_is_named(registered: Params) -> None:
         return httpx.Response(200, text="<html>hello</html>")
 
     with httpx.Client(transport=httpx.MockTransport(answer), base_url="http://server") as client:
-        expected = rollout.expectation(registered, NAME)
+        expected = rollout.expectation(registered, champion(registered))
         assert rollout.look(client, expected)[1] == "/healthz answers 200 with something else"
 
 
@@ -162,7 +166,8 @@ def test_something_else_behind_the_address_is_named(registered: Params) -> None:
     ],
 )
 def test_wrong_answers_are_found(registered: Params, change: dict[str, Any], reason: str) -> None:
-    expected = rollout.expectation(registered, NAME)
+    expected = rollout.expectation(registered, champion(registered))
+    assert isinstance(expected, rollout.Expected)
     by_data = {golden.data: golden for golden in expected.golden}
 
     def answer(request: httpx.Request) -> httpx.Response:

@@ -22,6 +22,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from flows.params import Serve
 from flows.serving.bodies import CLOSE, RequestError
+from flows.serving.rollout_state import RolloutState, utc, utc_now
 from flows.serving.vision.access_log import OFF, AccessLog
 from flows.serving.vision.batching import Batch, Batcher, Expired, QueueFull, Stopped, Work
 from flows.serving.vision.metrics import Metrics
@@ -75,16 +76,6 @@ class Exchange:
     compute_s: float = 0.0
     batch_size: int = 0
     approaching: bool = False  # admitted, not in the queue yet
-
-
-@dataclass(frozen=True)
-class RolloutState:
-    """What the follower of an alias does, for /healthz."""
-
-    candidate: str | None  # the version that is to be served next
-    state: str  # fixed | current | loading | failed | unreachable | missing
-    reason: str
-    since: str  # UTC
 
 
 class VisionService:
@@ -358,11 +349,3 @@ class _Watcher:
 def _fail(future: asyncio.Future[Any], error: Exception) -> None:
     if not future.done():
         future.set_exception(error)
-
-
-def utc(seconds: float) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
-
-
-def utc_now() -> str:
-    return utc(time.time())

@@ -5,6 +5,7 @@
     DELETE /v1/requests/{id}                 id of an answer, or X-Request-Id of the request
     GET    /v2, /v2/health/live, /v2/health/ready, /v2/models/{name}[/ready]
     GET    /livez, /readyz, /health, /version, /metrics
+    GET    /healthz                          which model exactly is served, and whether it follows an alias
 
 Errors of /v1 are `{"error": {message, type, param, code}}`.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import asdict
 from importlib.metadata import version as package_version
 from typing import Any
 
@@ -67,6 +69,7 @@ def _routes(service: Service) -> list[BaseRoute]:
         _route("/readyz", _verdict("ready", service.why_not_ready)),
         _route("/health", _verdict("healthy", service.why_not_healthy)),
         _route("/version", _say(lambda: _versions(service))),
+        _route("/healthz", _say(lambda: _served(service))),
         _route("/metrics", _metrics(service)),
         _route("/v2", _say(lambda: {"name": SERVER_NAME, "version": _own_version(), "extensions": []})),
         _route("/v2/health/live", _say(lambda: {"live": True})),
@@ -171,12 +174,15 @@ def _timeout_ms(request: Request) -> int | None:
 
 
 def _describe_model(service: Service) -> dict[str, Any]:
+    model = service.current
     return {
-        "id": service.name,
+        "id": model.name,
         "object": "model",
-        "created": service.created,
+        "created": model.created,
         "owned_by": "trunkline",
         "max_model_len": service.max_context,
+        "version": model.version,
+        "digest": model.digest,
     }
 
 
@@ -216,7 +222,7 @@ def _delete(service: Service) -> Endpoint:
 def _model_metadata(service: Service) -> Endpoint:
     async def model_metadata(request: Request) -> Response:
         _check_name(service, request)
-        versions = [service.version] if service.version else []
+        versions = [service.current.version] if service.current.version else []
         return _json(
             {
                 "name": service.name,
@@ -260,8 +266,23 @@ def _versions(service: Service) -> dict[str, Any]:
     return {
         "version": _own_version(),
         "model": service.name,
-        "model_version": service.version,
-        "source_sha256": service.manifest.source_sha256,
+        "model_version": service.current.version,
+        "model_digest": service.current.digest,
+        "source_sha256": service.current.manifest.source_sha256,
+    }
+
+
+def _served(service: Service) -> dict[str, Any]:
+    """As vision's /healthz, so that `trunkline rollout` reads both alike."""
+    model = service.current
+    reasons = service.why_not_ready()
+    return {
+        "status": "stopping" if service.draining else "not ready" if reasons else "ok",
+        "reasons": reasons,
+        "name": model.name,
+        "version": model.version or "",
+        "digests": {"bundle": model.digest},
+        "rollout": asdict(service.rollout),
     }
 
 

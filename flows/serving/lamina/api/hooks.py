@@ -14,7 +14,10 @@ from flows.serving.lamina.requests import WorkersMoved
 
 
 class Running(Protocol):
-    """The server while it runs. Its methods may be called from any thread, and more than once."""
+    """The server while it runs. Its methods may be called from any thread, and more than once.
+
+    `server.Server` has more of them, for whoever brings another model.
+    """
 
     def drain(self) -> None:
         """As SIGTERM: admit nothing more, finish what was admitted, end. Called again: end at once."""

@@ -107,6 +107,17 @@ class Metrics:
             "cache_config_info", "1; sizes of the KV cache.", ["block_size", "num_gpu_blocks"]
         )
 
+        self.switches = counter("switches", "New versions that were tried: switched, failed.", ["result"])
+        self.registry_errors = counter("registry_errors", "Looks at the model registry that failed.")
+        self.last_switch = gauge(
+            "last_switch_timestamp_seconds", "When the served version was taken up, Unix time."
+        )
+        self.model_info = gauge(
+            "model_info", "1 for the model that is being served.", ["name", "version", "digest"]
+        )
+
+        for result in ("switched", "failed"):
+            self.switches.labels(result)
         for reason in ("queue_full", "no_capacity", "draining", "engine_unavailable", "too_many_streams"):
             self.rejected.labels(
                 reason
@@ -164,6 +175,16 @@ class Metrics:
             self.prefill_s.observe(end.prefill_s)
             self.decode_s.observe(end.decode_s)
             self.inference_s.observe(end.prefill_s + end.decode_s)
+
+    def serve_model(self, name: str, version: str, digest: str, when: float) -> None:
+        self.model_info.clear()
+        self.model_info.labels(name, version, digest).set(1)
+        self.last_switch.set(when)
+
+    def new_engine(self) -> None:
+        """Heartbeats from now on are of another engine, which counts from 0."""
+        self._preemptions_seen = 0
+        self.worker_up.clear()
 
     def beat(self, heartbeat: Heartbeat) -> None:
         self.running.set(heartbeat.running)

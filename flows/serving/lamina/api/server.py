@@ -18,18 +18,23 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import CancelledError
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import Any, TypeVar
 
 import uvicorn
 
-from flows.errors import TrunklineError
+from flows.errors import ResourceError, TrunklineError
 from flows.params.language import Lamina
+from flows.serving.lamina.api import handover
 from flows.serving.lamina.api.app import create_app
 from flows.serving.lamina.api.gateway import ApiKey, read_api_key
+from flows.serving.lamina.api.handover import Failure, Golden
 from flows.serving.lamina.api.hooks import Hooks
+from flows.serving.lamina.api.served_model import ServedModel
 from flows.serving.lamina.api.service import Service
 from flows.serving.lamina.api.texts import Texts
 from flows.serving.lamina.requests import WorkersMoved
@@ -40,6 +45,7 @@ IDLE_CONNECTIONS = 256  # beside those with a request; further ones get 503
 KEEP_ALIVE_S = 10
 CUT_OFF_S = 2  # for answers to leave after the drain
 UNACKNOWLEDGED_MS = 30_000  # a connection whose other end takes nothing for so long is cut by the system
+T = TypeVar("T")
 
 
 def serve(
@@ -50,7 +56,9 @@ def serve(
     listener: socket.socket | None = None,
     name: str | None = None,
     version: str | None = None,
+    digest: str = "",
     hooks: Hooks | None = None,
+    companion: Callable[[Server], AbstractContextManager[None]] | None = None,
 ) -> None:
     """Serve until SIGINT or SIGTERM; then answer what is in flight, send the engine `Drain` and return.
 
@@ -60,8 +68,10 @@ def serve(
         socket_path: of the engine; it need not exist yet.
         listener: a port that is claimed already; default: `http.host` and `http.port`.
         name: of the model for clients; default: the bundle's.
-        version: of the model in the registry, shown by /version and /v2.
+        version: of the model in the registry, shown by /healthz, /version, /v1/models and /v2.
+        digest: sha256 of the bundle's manifest, shown there too.
         hooks: see `hooks.Hooks`.
+        companion: a context around the life of the server; it may bring other models.
 
     Raises:
         ResourceError: the port is taken or not allowed.
@@ -82,9 +92,12 @@ def serve(
             socket_path,
             name=name,
             version=version,
+            digest=digest,
             hooks=hooks,
         )
         server = Server(service, uvicorn_config(service, key))
+        if companion is not None:
+            stack.enter_context(companion(server))
         server.run(sockets=[listener])
         if server.error is not None:
             raise server.error
@@ -128,57 +141,143 @@ class Server(uvicorn.Server):
         super().__init__(config)
         logging.getLogger("uvicorn.error").addFilter(_QUIET)
         self.error: BaseException | None = None
-        self._service = service
+        self.service = service
         self._asked = 0  # to stop
         self._loop: asyncio.AbstractEventLoop | None = None
         self._drain_until: float | None = None
-        self._link: asyncio.Task[None] | None = None
+        self._links: dict[ServedModel, asyncio.Task[None]] = {}
+        self._work: set[asyncio.Task[Any]] = set()  # that other threads wait for
 
     def drain(self) -> None:
         self._asked += 1
-        self._service.draining = True
+        self.service.draining = True
         if self._asked > 1:
             self.should_exit = self.force_exit = True
 
     def fail(self, error: TrunklineError) -> None:
         self.error = self.error or error
-        self._service.draining = self.should_exit = self.force_exit = True
+        self.service.draining = self.should_exit = self.force_exit = True
 
     def tell(self, message: WorkersMoved) -> None:
         with suppress(RuntimeError):  # the loop has ended, and the engine with it
             if self._loop is not None:
-                self._loop.call_soon_threadsafe(self._service.link.move_workers, message)
+                self._loop.call_soon_threadsafe(self.service.link.move_workers, message)
+
+    # --- another model; for another thread, which waits meanwhile
+
+    def try_out(
+        self, model: ServedModel, prompts: Sequence[Golden], within_s: float, failure: Failure
+    ) -> None:
+        """Keep a link to the engine of `model` from now on, and see whether it says what it has to.
+
+        Raises:
+            TrunklineError: it does not; the link is given up.
+        """
+
+        async def work() -> None:
+            self._keep_link(model)
+            try:
+                await handover.try_out(model, prompts, within_s, failure)
+            except BaseException:
+                await self._give_up_link(model)
+                raise
+
+        self._wait_for(work())
+
+    def switch(self, model: ServedModel) -> ServedModel:
+        """Serve a model that was tried out from the next request on; returns the one before."""
+
+        async def work() -> ServedModel:
+            return self.service.switch(model)
+
+        return self._wait_for(work())
+
+    def retire(self, model: ServedModel, failure: Failure) -> int:
+        """Let a model end its requests within `http.drain_timeout_s`; returns how many were cut short."""
+
+        async def work() -> int:
+            cut = await handover.retire(model, self.service.settings.http.drain_timeout_s, failure)
+            await self._give_up_link(model)
+            return cut
+
+        return self._wait_for(work())
+
+    @property
+    def is_up(self) -> bool:
+        """Whether there is anything to be switched: started, and not told to stop."""
+        return self._loop is not None and not self.service.draining
+
+    def _wait_for(self, work: Coroutine[Any, Any, T]) -> T:
+        """
+        Raises:
+            ResourceError: the server stops.
+        """
+
+        async def noted() -> T:
+            task = asyncio.current_task()
+            assert task is not None
+            self._work.add(task)
+            try:
+                return await work
+            finally:
+                self._work.discard(task)
+
+        if self._loop is None or not self.is_up:
+            work.close()
+            raise ResourceError("the server stops, or has not started")
+        try:
+            return asyncio.run_coroutine_threadsafe(noted(), self._loop).result()
+        except (CancelledError, RuntimeError):
+            raise ResourceError("the server stops") from None
+
+    def _keep_link(self, model: ServedModel) -> None:
+        self._links[model] = asyncio.create_task(model.link.run())
+
+    async def _give_up_link(self, model: ServedModel) -> None:
+        if (task := self._links.pop(model, None)) is not None:
+            task.cancel()
+            await asyncio.wait({task})
+
+    # --- uvicorn's
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.drain()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        self._link = asyncio.create_task(self._service.link.run())
+        self._keep_link(self.service.current)
         await super().startup(sockets)
         self._loop = asyncio.get_running_loop()
-        self._service.hooks.on_started(self)
+        self.service.current.hooks.on_started(self)
 
     async def on_tick(self, counter: int) -> bool:
         if self._asked and self._drain_until is None:
-            self._drain_until = time.monotonic() + self._service.settings.http.drain_timeout_s
-            self._service.hooks.on_draining()
+            self._drain_until = time.monotonic() + self.service.settings.http.drain_timeout_s
+            for model in self._links:
+                model.hooks.on_draining()
         if self._drain_until is not None:
             late = time.monotonic() >= self._drain_until
-            self.should_exit = self.should_exit or late or not self._service.in_flight
-        if self._link is not None and self._link.done():  # a bug: it ends when it is told to
-            self.error = self.error or self._link.exception()
+            self.should_exit = self.should_exit or late or not self.service.in_flight
+        link = self._links.get(self.service.current)
+        if link is not None and link.done():  # a bug: it ends when it is told to
+            self.error = self.error or link.exception()
             self.should_exit = self.force_exit = True
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        link = self._service.link
-        link.finish_all("server_stopping", "the server stops and this request took longer than it waits")
-        link.drain()
+        for work in list(self._work):  # nothing is switched any more
+            work.cancel()
+        if self._work:
+            await asyncio.wait(self._work)
+        models = list(self._links)
+        for model in models:
+            model.link.finish_all(
+                "server_stopping", "the server stops and this request took longer than it waits"
+            )
+            model.link.drain()
         await super().shutdown(sockets)
-        if self._link is not None:
-            self._link.cancel()
-            await asyncio.wait({self._link})
-        self._service.hooks.on_drained()
+        for model in models:
+            await self._give_up_link(model)
+            model.hooks.on_drained()
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
