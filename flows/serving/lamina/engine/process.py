@@ -69,7 +69,7 @@ class Process:
         self.engine: Engine | None = None
         self.drain_asked = False
         self._early: list[ToEngine] = []
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal may come while this very thread has it
         self.endpoint = Endpoint(
             config.socket,
             config.lamina.cluster.heartbeat_ms / 1000,
