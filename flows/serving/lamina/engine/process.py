@@ -28,7 +28,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flows import files
-from flows.errors import ConfigError, DataError, TrunklineError, explain
+from flows.errors import ConfigError, DataError, ResourceError, TrunklineError, explain
 from flows.params import Lamina
 from flows.serving import session
 from flows.serving.lamina.attention.pool import Address, ModelShape
@@ -253,6 +253,13 @@ def main(argv: list[str] | None = None) -> int:
     except TrunklineError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
+    except MemoryError:
+        print(
+            "error: there is not enough memory for the model and its tables of pages",
+            file=sys.stderr,
+            flush=True,
+        )
+        return ResourceError.exit_code
     except OSError as error:
         explained = explain(error)
         if explained is None:
