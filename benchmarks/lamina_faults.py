@@ -25,7 +25,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,7 @@ class FaultyLink(Link):
         if fault.kind == "twice":
             super().send(header, payload, timeout_s)
         if fault.kind == "stale":
-            super().send(replace(header, epoch=header.epoch - 1), payload, timeout_s)
+            super().send(header._replace(epoch=header.epoch - 1), payload, timeout_s)
         self._bench.happen(fault, self._address, self)
         super().send(header, payload, timeout_s)
 

@@ -12,10 +12,8 @@ import json
 import math
 import struct
 import zlib
-from dataclasses import dataclass, replace
 from enum import IntEnum
-from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,8 +66,7 @@ _LIMITS = {FrameType.HELLO: MAX_HELLO} | dict.fromkeys(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
+class Header(NamedTuple):
     """What precedes every payload."""
 
     type: FrameType
@@ -88,8 +85,7 @@ class Header:
         return self.iteration, self.micro_batch
 
 
-@dataclass(frozen=True, slots=True)
-class Frame:
+class Frame(NamedTuple):
     """A header with its payload, checked."""
 
     header: Header
@@ -101,9 +97,9 @@ def encode(header: Header, payload: bytes | bytearray | memoryview = b"") -> tup
     body = memoryview(payload).cast("B") if len(payload) else memoryview(b"")
     if len(body) > _LIMITS.get(header.type, MAX_PAYLOAD):
         raise FrameError(f"a {header.type.name} frame of {len(body)} bytes is too large to send")
-    packed = _pack(replace(header, payload_bytes=len(body), checksum=0))
+    packed = _pack(header, len(body))
     checksum = zlib.crc32(body, zlib.crc32(packed[:_CHECKSUM_AT]))
-    return packed[:_CHECKSUM_AT] + struct.pack("<I", checksum), body
+    return packed[:_CHECKSUM_AT] + checksum.to_bytes(4, "little"), body
 
 
 def decode_header(data: bytes | bytearray, limit: int = MAX_PAYLOAD) -> Header:
@@ -164,11 +160,11 @@ def unpack_tensors(frame: Frame, *shapes: tuple[int, ...]) -> list[NDArray[np.fl
             f"a {header.type.name} frame of layer {header.layer} holds {len(frame.payload)} bytes of "
             f"{header.number_type.name}, expected {4 * sum(sizes)} of FLOAT32"
         )
-    flat = np.frombuffer(frame.payload, dtype="<f4")
-    ends = list(accumulate(sizes))
-    return [
-        flat[end - size : end].reshape(shape) for end, size, shape in zip(ends, sizes, shapes, strict=True)
-    ]
+    arrays, offset = [], 0
+    for size, shape in zip(sizes, shapes, strict=True):
+        arrays.append(np.frombuffer(frame.payload, "<f4", size, offset).reshape(shape))
+        offset += 4 * size
+    return arrays
 
 
 def pack_json(value: dict[str, Any]) -> bytes:
@@ -204,11 +200,11 @@ def unpack_range(frame: Frame) -> tuple[int, int, int]:
     return _RANGE.unpack(frame.payload)
 
 
-def _pack(header: Header) -> bytes:
+def _pack(header: Header, payload_bytes: int) -> bytes:
+    kind, epoch, iteration, layer, micro_batch, number_type, rows, _, _ = header
     try:
         return _HEADER.pack(
-            MAGIC, VERSION, header.type, header.number_type, header.epoch, header.iteration, header.layer,
-            header.micro_batch, header.rows, header.payload_bytes, header.checksum,
-        )  # fmt: skip
+            MAGIC, VERSION, kind, number_type, epoch, iteration, layer, micro_batch, rows, payload_bytes, 0
+        )
     except struct.error as error:
         raise FrameError(f"{header} does not fit a frame: {error}") from None

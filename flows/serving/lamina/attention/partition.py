@@ -175,6 +175,10 @@ def join(
 
     Parts are merged in worker order, whichever answered first.
     """
+    if len(answers) == 1:
+        (answer,) = answers.values()
+        if answer[0].shape == shape:  # nothing to put together
+            return answer[0]
     out = np.zeros(shape, np.float32)
     group = shape[1] // kv_heads
     if all(len(answer) == 1 for answer in answers.values()):

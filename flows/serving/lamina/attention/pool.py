@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Self, TypeVar
 
@@ -174,13 +174,13 @@ class AttentionPool:
         shares = {}
         for worker, share in enumerate(self.partition.split(table)):
             if share.table.rows or share.table.deltas:
-                self._send(worker, replace(header, rows=share.table.rows), share.table.encode())
+                self._send(worker, header._replace(rows=share.table.rows), share.table.encode())
             if share.table.rows:
                 shares[worker] = share
         for key in [key for key in self._current if key[0] < iteration - 1]:
             del self._current[key]
         if self.parity_worker is not None:
-            self._send(self.parity_worker, replace(header, rows=table.rows), table.encode())
+            self._send(self.parity_worker, header._replace(rows=table.rows), table.encode())
         work = BASE_WORK + sum(span.length * span.end for span in table.spans)
         self._current[header.key] = _Current(header, table.rows, shares, work)
 
@@ -219,7 +219,7 @@ class AttentionPool:
         deadline = time.monotonic() + self.deadline_s(current.work)
         answers = {}
         group, hd = self.model.heads // self.model.kv_heads, self.model.head_dim
-        expected = replace(current.header, type=FrameType.OUT, layer=layer)
+        expected = current.header._replace(type=FrameType.OUT, layer=layer)
         for worker, share in current.shares.items():
             frame = self._receive(worker, expected, deadline)
             rows = share.table.rows
@@ -230,7 +230,7 @@ class AttentionPool:
             answers[worker] = self._guard(worker, lambda f=frame, s=shapes: unpack_tensors(f, *s))  # type: ignore[misc]
         if self.parity_worker is not None and layer == len(self.model.layers) - 1:
             # only now is every layer of these positions protected
-            self._receive(self.parity_worker, replace(expected, type=FrameType.PREFILL_KV), deadline)
+            self._receive(self.parity_worker, expected._replace(type=FrameType.PREFILL_KV), deadline)
         began = current.began.pop(layer, None)
         if began is not None:
             took = time.monotonic() - began
@@ -366,8 +366,9 @@ class AttentionPool:
     def _send_tensors(
         self, worker: int, kind: FrameType, current: _Current, layer: int, *arrays: NDArray[np.float32]
     ) -> None:
-        header = replace(
-            current.header, type=kind, layer=layer, rows=len(arrays[0]), number_type=NumberType.FLOAT32
+        key = current.header
+        header = Header(
+            kind, self.epoch, key.iteration, layer, key.micro_batch, NumberType.FLOAT32, len(arrays[0])
         )
         self._send(worker, header, pack_tensors(*arrays))
 

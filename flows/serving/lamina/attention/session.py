@@ -11,17 +11,15 @@ from __future__ import annotations
 import math
 import secrets
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from functools import cache, partial
-from typing import TypeVar
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from torch import Tensor
 
 from flows.errors import DataError
 from flows.serving.lamina.attention.frames import (
@@ -36,22 +34,10 @@ from flows.serving.lamina.attention.frames import (
     unpack_range,
     unpack_tensors,
 )
+from flows.serving.lamina.attention.memory import Floats
 from flows.serving.lamina.attention.store import PageStore, page_bytes
-from flows.serving.lamina.rows import PAGE_TOKENS, RowTable, Span
-from models.ops.partial_attention import (
-    AttentionRule,
-    Part,
-    Work,
-    attend_previous,
-    attend_self,
-    batch_invariant,
-    divide_work,
-    empty_part,
-    finish,
-    merge,
-)
-
-T = TypeVar("T")
+from flows.serving.lamina.rows import PAGE_TOKENS, RowTable
+from models.ops.partial_attention import AttentionRule
 
 MAX_READ = 4096  # positions in one READ_KV
 MAX_PLANS = 4
@@ -87,15 +73,31 @@ class WorkerSettings(BaseModel):
         return pages * page_bytes(len(self.layers), self.kv_heads, self.head_dim)
 
 
+class Attention(Protocol):
+    """How a worker computes: `fused.FusedAttention` on a CPU, `products.ProductAttention` elsewhere."""
+
+    def layout(self, table: RowTable, own: NDArray[np.int64]) -> Any: ...
+
+    def is_late(self, layer: int, layout: Any) -> bool: ...
+
+    def begin(self, layer: int, q: Floats, layout: Any) -> Any: ...
+
+    def write(self, layer: int, layout: Any, k: Floats, v: Floats) -> None: ...
+
+    def finish(
+        self, layer: int, layout: Any, begun: Any, k: Floats, v: Floats
+    ) -> tuple[Floats, Floats | None]: ...
+
+
 @dataclass
 class Plan:
     """The rows of one micro-batch and how far each layer is."""
 
     table: RowTable
     own: NDArray[np.int64]  # rows whose own token is stored here
-    places: tuple[Tensor, Tensor]  # where they go
-    releases: int  # of the store, when `places` was true
-    early: dict[int, tuple[Tensor, list[Part | None]]] = field(default_factory=dict)  # layer → q, parts
+    layout: Any  # what attention made of it
+    releases: int  # of the store, when `layout` was true
+    early: dict[int, Any] = field(default_factory=dict)  # layer → what was begun when its queries came
 
 
 class Session:
@@ -103,11 +105,20 @@ class Session:
 
     Args:
         max_bytes: for keys and values; a CONFIG that needs more is refused.
-        threads: requests that are computed at the same time, each by one thread.
+        threads: how many compute at the same time; each does other requests or heads.
+        device: "cpu", or where torch has the keys and values.
+        kernel: "torch" computes with torch on the CPU too, to compare.
     """
 
-    def __init__(self, max_bytes: int, threads: int = 1, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        max_bytes: int,
+        threads: int = 1,
+        device: str = "cpu",
+        kernel: Literal["fused", "torch"] = "fused",
+    ) -> None:
         self.max_bytes, self.device = max_bytes, device
+        self.fused = device == "cpu" and kernel == "fused"
         self.epoch = 0
         self.draining = False
         self.copy_bytes_per_s = 0.0  # of this worker's memory, for whoever divides the work
@@ -118,7 +129,9 @@ class Session:
         self._store_id = ""  # by which an engine knows the pages that it has filled
         self._plans: dict[tuple[int, int], Plan] = {}
         self._unwritten: Callable[[], None] | None = None
-        self._threads = ThreadPoolExecutor(threads, "attention") if threads > 1 else None
+        self._attention: Attention | None = None
+        self._threads = threads
+        self._pool = ThreadPoolExecutor(threads, "attention") if threads > 1 else None
         self._handlers: dict[FrameType, Callable[[Frame], Frame | None]] = {
             FrameType.CONFIG: self._configure,
             FrameType.PLAN: self._plan,
@@ -136,6 +149,13 @@ class Session:
     def busy(self) -> bool:
         """Whether an iteration is under way."""
         return bool(self._plans)
+
+    def prepare(self) -> None:
+        """Load the kernel, which a machine has to compile once, so that no CONFIG has to wait for it."""
+        if self.fused:
+            from flows.serving.lamina.attention.kernel import compile_kernels
+
+            compile_kernels()
 
     def handle(self, frame: Frame) -> Frame | None:
         """The answer to a frame, or None if it has none.
@@ -156,15 +176,13 @@ class Session:
         if handler is None:
             raise FrameError(f"a worker does not take {header.type.name} frames")
         self.counts[header.type.name.lower()] += 1
-        with torch.inference_mode():
-            return handler(frame)
+        return handler(frame)
 
     def settle(self) -> None:
         """Write what the last answer left unwritten: an answer does not wait for it, the next frame does."""
         unwritten, self._unwritten = self._unwritten, None
         if unwritten is not None:
-            with torch.inference_mode():
-                unwritten()
+            unwritten()
 
     def enter_epoch(self, epoch: int) -> None:
         """What older engines send counts no more; plans of theirs are forgotten, pages are kept."""
@@ -189,28 +207,44 @@ class Session:
             )
         if settings != self.settings:
             self._plans.clear()
-            self._store = None  # the old pages go before the new ones come
+            self._store = self._attention = None  # the old pages go before the new ones come
             self._store = PageStore(
                 len(settings.layers), settings.pages, settings.kv_heads, settings.head_dim,
-                settings.block_tokens, self.device, settings.debug,
+                settings.block_tokens, settings.debug, None if self.fused else self.device,
             )  # fmt: skip
             self._rules = [
                 AttentionRule(layer.scale, layer.window, layer.soft_cap) for layer in settings.layers
             ]
+            self._attention = self._attend_with(settings, self._store)
             self.settings = settings
             self._store_id = secrets.token_hex(8)
-        sizes = (
-            min(settings.kv_heads, 2),
-            settings.group,
-            settings.head_dim,
-            min(settings.block_tokens, 256),
-        )
         about = {
             "bytes": settings.bytes,
             "store": self._store_id,
-            "batch_invariant": _tried_batch_invariant(*sizes),
+            "batch_invariant": self._is_batch_invariant(settings),
         }
         return _answer(frame, pack_json(about))
+
+    def _attend_with(self, settings: WorkerSettings, store: PageStore) -> Attention:
+        if self.fused:
+            from flows.serving.lamina.attention.fused import FusedAttention  # loads a compiler
+
+            sizes = (settings.kv_heads, settings.group, settings.head_dim)
+            return FusedAttention(
+                store, self._rules, sizes, partials=settings.partials, pool=self._pool, threads=self._threads
+            )
+        from flows.serving.lamina.attention.products import ProductAttention
+
+        return ProductAttention(store, self._rules, self.device, partials=settings.partials, pool=self._pool)
+
+    def _is_batch_invariant(self, settings: WorkerSettings) -> bool:
+        if self.fused:
+            from flows.serving.lamina.attention import fused
+
+            return fused.is_batch_invariant(settings.group, settings.head_dim)
+        from flows.serving.lamina.attention import products
+
+        return products.is_batch_invariant(settings.group, settings.head_dim)
 
     def _assign(self, frame: Frame) -> Frame:
         for delta in RowTable.decode(frame.payload).deltas:
@@ -256,89 +290,44 @@ class Session:
         table = RowTable.decode(frame.payload)
         for delta in table.deltas:
             store.assign(delta)
+        own = np.arange(table.rows)
         if settings.partials:
             places = zip(table.slots.tolist(), table.positions.tolist(), strict=True)
             own = np.flatnonzero([store.holds(slot, position, position + 1) for slot, position in places])
-        else:
-            for span in table.spans:
-                store.require(span)
-            own = np.arange(table.rows)
         self._plans.pop(frame.header.key, None)
         while len(self._plans) >= MAX_PLANS:
             self._plans.pop(min(self._plans))
-        located = store.locate(table.slots[own], table.positions[own])
-        self._plans[frame.header.key] = Plan(table, own, located, store.releases)
+        layout = self._computing().layout(table, own)
+        self._plans[frame.header.key] = Plan(table, own, layout, store.releases)
 
     def _attend(self, frame: Frame) -> None:
         settings, _ = self._ready()
         plan, layer = self._planned(frame)
         rows = plan.table.rows
-        (array,) = unpack_tensors(frame, (rows, settings.kv_heads, settings.group, settings.head_dim))
-        q = torch.from_numpy(array).to(self.device)
-
-        def start(index: int) -> Part | None:
-            span = plan.table.spans[index]
-            work, _ = self._work(span, layer)
-            queries = q[plan.table.starts[index] : plan.table.starts[index + 1]]
-            return self._previous(queries, span, layer, work, None) if work else None
-
-        plan.early[layer] = q, self._map(start, plan)
+        (q,) = unpack_tensors(frame, (rows, settings.kv_heads, settings.group, settings.head_dim))
+        plan.early[layer] = self._computing().begin(layer, q, plan.layout)
 
     def _finish(self, frame: Frame) -> Frame:
-        settings, store = self._ready()
         plan, layer = self._planned(frame)
         if layer not in plan.early:
             raise DataError(f"KV of layer {layer} came before its Q")
-        shape = (len(plan.own), settings.kv_heads, settings.head_dim)
-        k, v = (torch.from_numpy(array).to(self.device) for array in unpack_tensors(frame, shape, shape))
-        table = plan.table
-        self._refresh(plan)
-        late = any(self._work(span, layer)[1] for span in table.spans)
+        k, v = self._keys_and_values(frame, plan)
+        attention = self._computing()
         if len(plan.own):
-            self._unwritten = partial(store.write, layer, plan.places, k, v)
-        if late:  # a chunk attends to its own tokens
+            self._unwritten = partial(attention.write, layer, plan.layout, k, v)
+        if attention.is_late(layer, plan.layout):  # a chunk attends to its own tokens
             self.settle()
-        q, parts = plan.early.pop(layer)
-        rule = self._rules[layer]
-        own = empty_part(q)
-        if len(plan.own) == len(q):
-            own = attend_self(q, k, v, rule)
-        elif len(plan.own):
-            chosen = torch.from_numpy(plan.own)
-            found = attend_self(q[chosen], k, v, rule)
-            for tensor, values in zip(own, found, strict=True):
-                tensor[chosen] = values
-
-        def end(index: int) -> Part:
-            span = table.spans[index]
-            _, late = self._work(span, layer)
-            queries = q[table.starts[index] : table.starts[index + 1]]
-            part = parts[index]
-            if late:
-                part = self._previous(queries, span, layer, late, part)
-            return empty_part(queries) if part is None else part
-
-        out, log_sum = q, q[..., 0]
-        if table.rows:
-            ended = self._map(end, plan) if late else [end(index) for index in range(len(table.spans))]
-            previous = ended[0]
-            if len(ended) > 1:
-                previous = Part(*(torch.cat(tensors) for tensors in zip(*ended, strict=True)))
-            out, log_sum = finish(merge(previous, own))
+        out, log_sum = attention.finish(layer, plan.layout, plan.early.pop(layer), k, v)
         if layer == len(self._rules) - 1:
             self._plans.pop(frame.header.key)
-        arrays = [out.cpu().numpy()] + ([log_sum.cpu().numpy()] if settings.partials else [])
-        header = replace(frame.header, type=FrameType.OUT, rows=table.rows)
-        return Frame(header, pack_tensors(*arrays))
+        header = frame.header._replace(type=FrameType.OUT, rows=plan.table.rows)
+        return Frame(header, pack_tensors(out) if log_sum is None else pack_tensors(out, log_sum))
 
     def _keep(self, frame: Frame) -> Frame | None:
         """Store keys and values; the last layer's frame is answered, when all of them are stored."""
-        settings, store = self._ready()
         plan, layer = self._planned(frame)
-        shape = (len(plan.own), settings.kv_heads, settings.head_dim)
-        k, v = (torch.from_numpy(array).to(self.device) for array in unpack_tensors(frame, shape, shape))
-        self._refresh(plan)
-        store.write(layer, plan.places, k, v)
+        k, v = self._keys_and_values(frame, plan)
+        self._computing().write(layer, plan.layout, k, v)
         if layer < len(self._rules) - 1:
             return None
         self._plans.pop(frame.header.key)
@@ -353,60 +342,13 @@ class Session:
                 f"READ_KV of positions {start} to {end}, layer {frame.header.layer}: no such range"
             )
         slots, positions = np.full(end - start, slot), np.arange(start, end)
-        arenas, tokens = store.locate(slots, positions)
-        layer = frame.header.layer
-        tensors = (store.keys[layer][arenas, :, tokens], store.values[layer][arenas, :, tokens])
-        payload = pack_tensors(*(tensor.cpu().numpy() for tensor in tensors))
-        return Frame(replace(frame.header, number_type=NumberType.FLOAT32, rows=end - start), payload)
+        payload = pack_tensors(*store.memory.take(frame.header.layer, store.locate(slots, positions)))
+        return Frame(frame.header._replace(number_type=NumberType.FLOAT32, rows=end - start), payload)
 
-    def _refresh(self, plan: Plan) -> None:
-        store = self._ready()[1]
-        if plan.releases != store.releases:
-            plan.places = store.locate(plan.table.slots[plan.own], plan.table.positions[plan.own])
-            plan.releases = store.releases
-
-    def _work(self, span: Span, layer: int) -> tuple[tuple[Work, ...], tuple[Work, ...]]:
-        """What can be done when Q comes, because it needs nothing of this iteration, and what only after."""
-        work = divide_work(
-            span.position, span.length, self._rules[layer].window, self._ready()[0].block_tokens
-        )
-        needed = (min(piece.key_end, span.position + piece.row_end - 1) for piece in work)
-        early = next((index for index, end in enumerate(needed) if end > span.position), len(work))
-        return work[:early], work[early:]
-
-    def _previous(
-        self, q: Tensor, span: Span, layer: int, work: Iterable[Work], before: Part | None
-    ) -> Part | None:
-        settings, store = self._ready()
-        if settings.partials:
-            work = [piece for piece in work if store.holds(span.slot, piece.key, piece.key_end)]
-            if not work:
-                return before
-        return attend_previous(
-            q,
-            span.position,
-            lambda start, end: store.read(layer, span.slot, start, end),
-            self._rules[layer],
-            settings.block_tokens,
-            before=before,
-            work=tuple(work),
-        )
-
-    def _map(self, function: Callable[[int], T], plan: Plan) -> list[T]:
-        indices = range(len(plan.table.spans))
-        if self._threads is None or len(indices) < 2:
-            return [function(index) for index in indices]
-
-        def run(index: int) -> T:
-            with torch.inference_mode():  # is a property of the thread
-                return function(index)
-
-        # longest first, so that no thread is left alone with one at the end
-        order = sorted(
-            indices, key=lambda index: -plan.table.spans[index].end * plan.table.spans[index].length
-        )
-        futures = {index: self._threads.submit(run, index) for index in order}
-        return [futures[index].result() for index in indices]
+    def _keys_and_values(self, frame: Frame, plan: Plan) -> list[Floats]:
+        settings, _ = self._ready()
+        shape = (len(plan.own), settings.kv_heads, settings.head_dim)
+        return unpack_tensors(frame, shape, shape)
 
     def _planned(self, frame: Frame) -> tuple[Plan, int]:
         header = frame.header
@@ -418,7 +360,16 @@ class Session:
             )
         if header.layer >= len(self._rules):
             raise DataError(f"layer {header.layer} of {len(self._rules)}")
+        store = self._ready()[1]
+        if plan.releases != store.releases:  # pages went: the rows may have to do without theirs
+            plan.layout = self._computing().layout(plan.table, plan.own)
+            plan.releases = store.releases
         return plan, header.layer
+
+    def _computing(self) -> Attention:
+        if self._attention is None:
+            raise DataError("this worker was not configured; send CONFIG first")
+        return self._attention
 
     def _ready(self) -> tuple[WorkerSettings, PageStore]:
         if self.settings is None or self._store is None:
@@ -426,19 +377,14 @@ class Session:
         return self.settings, self._store
 
 
-@cache
-def _tried_batch_invariant(heads: int, group: int, head_dim: int, block: int) -> bool:
-    return batch_invariant(heads, group, head_dim, block)  # an engine that comes back does not wait again
-
-
 def _answer(frame: Frame, payload: bytes = b"") -> Frame:
-    return Frame(replace(frame.header, number_type=NumberType.NONE), payload)
+    return Frame(frame.header._replace(number_type=NumberType.NONE), payload)
 
 
 def error_frame(header: Header | None, text: str) -> Frame:
     """What a peer is told before the connection ends."""
     base = header or Header(FrameType.ERROR)
-    return Frame(replace(base, type=FrameType.ERROR, number_type=NumberType.NONE), pack_json({"error": text}))
+    return Frame(base._replace(type=FrameType.ERROR, number_type=NumberType.NONE), pack_json({"error": text}))
 
 
 def default_scale(head_dim: int) -> float:

@@ -1,10 +1,6 @@
-"""Keys and values of one attention worker, in pages (spec section 13).
+"""Block tables of one attention worker: which page holds which tokens of which request (spec section 13).
 
-A page is 16 tokens of all heads this worker has, [KV_j, 16, hd] in every layer, and each layer's pages are
-addressed as [pages, KV_j, 16, hd]. In memory the pages lie in arenas of one super-block each, head before
-page: where a request's pages follow one another in an arena, as the allocator sees to, the keys of one head
-are one run of memory and are read where they lie. Pages that do not follow one another are gathered first:
-same numbers, one more copy.
+A page is 16 tokens of all heads this worker has, in every layer; where its numbers lie is in `memory.py`.
 
 Writes are addressed by block table and position, so a replayed iteration overwrites the same bytes. A page is
 cleared when it enters a table, so what lies beyond the written tokens is zero and never another request's.
@@ -13,16 +9,22 @@ cleared when it enters a table, so what lies beyond the written tokens is zero a
 from __future__ import annotations
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from flows.errors import DataError
+from flows.serving.lamina.attention.memory import (
+    FLOAT_BYTES,
+    Floats,
+    Memory,
+    PageMemory,
+    Places,
+    TensorMemory,
+)
 from flows.serving.lamina.rows import PAGE_TOKENS, Span, TableDelta
 
 NO_PAGE = -1
 MAX_TABLE = 1 << 20
-FLOAT_BYTES = 4
+_NO_TABLE = np.empty(0, np.int64)
 
 
 def page_bytes(layers: int, kv_heads: int, head_dim: int) -> int:
@@ -36,6 +38,7 @@ class PageStore:
     Args:
         block: tokens of a super-block and of an arena, a multiple of 16.
         debug: fill freed pages with NaN, so that a read of one cannot go unnoticed.
+        device: other than None: keep tensors for torch on it instead of pages for the compiled kernel.
     """
 
     def __init__(
@@ -45,28 +48,26 @@ class PageStore:
         kv_heads: int,
         head_dim: int,
         block: int = 1024,
-        device: str = "cpu",
         debug: bool = False,
+        device: str | None = None,
     ) -> None:
         self.pages, self.block, self.debug = pages, block, debug
         self.pages_per_block = block // PAGE_TOKENS
         arenas = -(-pages // self.pages_per_block)
-        shape = (layers, arenas, kv_heads, block, head_dim)
-        self.keys = torch.zeros(shape, device=device)  # (L, arenas, KV, tokens of the arena, hd)
-        self.values = torch.zeros(shape, device=device)
+        sizes = (layers, arenas, kv_heads, head_dim, self.pages_per_block)
+        self.memory: Memory = PageMemory(*sizes) if device is None else TensorMemory(*sizes, device)
         self.tables: dict[int, NDArray[np.int64]] = {}
         self.owners: dict[int, int] = {}  # page → slot
         self.releases = 0  # how often a page left a table
 
     @property
     def bytes(self) -> int:
-        return 2 * self.keys.numel() * FLOAT_BYTES
+        return self.memory.bytes
 
-    def page(self, layer: int, page: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of one page, (KV, 16, hd) each: views of the store."""
-        arena, index = divmod(page, self.pages_per_block)
-        tokens = slice(index * PAGE_TOKENS, (index + 1) * PAGE_TOKENS)
-        return self.keys[layer, arena, :, tokens], self.values[layer, arena, :, tokens]
+    def page(self, layer: int, page: int) -> tuple[Floats, Floats]:
+        """Keys and values of one page, (16, KV, hd) each."""
+        tokens = np.arange(PAGE_TOKENS)
+        return self.memory.take(layer, np.stack([np.full_like(tokens, page), tokens], 1))
 
     def assign(self, delta: TableDelta) -> None:
         """Change a block table; the same change twice is one change.
@@ -81,7 +82,7 @@ class PageStore:
                 raise DataError(f"page {page} of slot {self.owners[page]} is given to slot {delta.slot} too")
         if len(set(delta.pages)) != len(delta.pages):
             raise DataError(f"slot {delta.slot} is given one page twice")
-        table = self.tables.get(delta.slot, np.empty(0, np.int64))
+        table = self.tables.get(delta.slot, _NO_TABLE)
         end = delta.first + len(delta.pages)
         others = set(table[: delta.first].tolist()) | set(table[end:].tolist())
         if others.intersection(delta.pages):
@@ -95,44 +96,30 @@ class PageStore:
             if old not in (NO_PAGE, page) and old not in delta.pages:
                 self._release(old)
             if self.owners.get(page) != delta.slot:
-                self._fill(page, 0.0)
+                self.memory.fill(page, 0.0)
                 self.owners[page] = delta.slot
         table[delta.first : end] = delta.pages
         self.tables[delta.slot] = table
 
     def free(self, slot: int) -> None:
         """Forget a request; a slot that is not known is already forgotten."""
-        for page in self.tables.pop(slot, np.empty(0, np.int64)).tolist():
+        for page in self.tables.pop(slot, _NO_TABLE).tolist():
             if page != NO_PAGE:
                 self._release(page)
 
-    def locate(self, slots: NDArray[np.int64], positions: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """Arena and token in it of each row; they stay true until `releases` changes.
+    def locate(self, slots: NDArray[np.int64], positions: NDArray[np.int64]) -> Places:
+        """Where each row is; it stays true until `releases` changes.
 
         Raises:
             DataError: a position for which the slot has no page.
         """
         rows = zip(slots.tolist(), positions.tolist(), strict=True)
         pages = np.array([self._page_of(slot, position) for slot, position in rows], np.int64)
-        tokens = pages % self.pages_per_block * PAGE_TOKENS + positions % PAGE_TOKENS
-        return torch.from_numpy(pages // self.pages_per_block), torch.from_numpy(tokens)
+        return np.stack([pages, positions % PAGE_TOKENS], 1)
 
-    def write(self, layer: int, places: tuple[Tensor, Tensor], k: Tensor, v: Tensor) -> None:
-        """Keys and values (rows, KV, hd) to the places that `locate` gave."""
-        arenas, tokens = places
-        self.keys[layer][arenas, :, tokens] = k
-        self.values[layer][arenas, :, tokens] = v
-
-    def read(self, layer: int, slot: int, start: int, end: int) -> tuple[Tensor, Tensor]:
-        """Keys and values (KV, T, hd) of positions [start, end), whole pages of one block."""
-        pages = self.tables[slot][start // PAGE_TOKENS : -(-end // PAGE_TOKENS)]
-        arena, index = divmod(int(pages[0]), self.pages_per_block)
-        count = len(pages)
-        if index + count <= self.pages_per_block and (count == 1 or bool((np.diff(pages) == 1).all())):
-            run = slice(index * PAGE_TOKENS, (index + count) * PAGE_TOKENS)
-            return self.keys[layer, arena, :, run], self.values[layer, arena, :, run]
-        parts = [self.page(layer, page) for page in pages.tolist()]
-        return torch.cat([k for k, _ in parts], 1), torch.cat([v for _, v in parts], 1)
+    def pages_of(self, slot: int, start: int, end: int) -> NDArray[np.int64]:
+        """Pages of positions [start, end)."""
+        return self.tables.get(slot, _NO_TABLE)[start // PAGE_TOKENS : -(-end // PAGE_TOKENS)]
 
     def holds(self, slot: int, start: int, end: int) -> bool:
         """Whether the pages of these positions, all of one block, are here and not on another worker.
@@ -140,7 +127,7 @@ class PageStore:
         Raises:
             DataError: some are here and some are not, so that nobody would compute with the block.
         """
-        pages = self.tables.get(slot, np.empty(0, np.int64))[start // PAGE_TOKENS : -(-end // PAGE_TOKENS)]
+        pages = self.pages_of(slot, start, end)
         wanted = -(-end // PAGE_TOKENS) - start // PAGE_TOKENS
         here = int((pages != NO_PAGE).sum())
         if here not in (0, wanted):
@@ -152,7 +139,7 @@ class PageStore:
         Raises:
             DataError: the slot of `span` lacks a page for its own rows or for a token before them.
         """
-        table = self.tables.get(span.slot, np.empty(0, np.int64))[: -(-span.end // PAGE_TOKENS)]
+        table = self.pages_of(span.slot, 0, span.end)
         missing = np.flatnonzero(table == NO_PAGE)
         if len(missing) or len(table) * PAGE_TOKENS < span.end:
             at = int(missing[0]) if len(missing) else len(table)
@@ -180,10 +167,4 @@ class PageStore:
         self.owners.pop(page, None)
         self.releases += 1
         if self.debug:
-            self._fill(page, float("nan"))
-
-    def _fill(self, page: int, value: float) -> None:
-        arena, index = divmod(page, self.pages_per_block)
-        tokens = slice(index * PAGE_TOKENS, (index + 1) * PAGE_TOKENS)
-        self.keys[:, arena, :, tokens] = value
-        self.values[:, arena, :, tokens] = value
+            self.memory.fill(page, float("nan"))

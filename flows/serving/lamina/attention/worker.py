@@ -181,6 +181,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     session = Session(arguments.max_bytes, arguments.threads, arguments.device)
+    session.prepare()
     session.copy_bytes_per_s = copy_bandwidth(arguments.threads, arguments.device)
     server = Server(listener, token, session, arguments.drain_timeout_s)
 

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from flows.errors import DataError
 from flows.serving.lamina.requests import Sampling
 
+FEW = 1024  # tokens among which the most probable ones nearly always are
+
 
 class Choice(NamedTuple):
     """A token; its log-probability and the best alternatives', if they were asked for."""
@@ -54,20 +56,37 @@ def choose(logits: NDArray[np.float32], sampling: Sampling, index: int) -> Choic
     scores = logits.astype(np.float64)
     scores -= scores.max()
     scores -= np.log(np.exp(scores).sum())
-    best = np.argsort(-scores, kind="stable")[: sampling.logprobs]
+    best = _best(logits, sampling.logprobs) if sampling.logprobs else ()
     return Choice(token, float(scores[token]), tuple((int(i), float(scores[i])) for i in best))
 
 
 def _draw(logits: NDArray[np.float32], sampling: Sampling, index: int) -> int:
-    order = np.argsort(-logits, kind="stable")  # best first; equal ones by their number
-    if sampling.top_k:
-        order = order[: sampling.top_k]
-    scaled = logits[order].astype(np.float64)
-    scaled = (scaled - scaled[0]) / sampling.temperature
-    weights = np.exp(scaled)
-    totals = weights.cumsum()
-    kept = len(order)
+    weights = np.exp((logits.astype(np.float64) - float(logits.max())) / sampling.temperature)
+    drawn = uniform(sampling.seed, index)
+    if not sampling.top_k and sampling.top_p == 1:
+        return _pick(weights, drawn)
+    order = _best(logits, sampling.top_k or min(FEW, len(logits)))
+    wanted = sampling.top_p * (weights[order].sum() if sampling.top_k else weights.sum())
+    if not sampling.top_k and weights[order].sum() < wanted:  # a flat distribution: all have to be sorted
+        order = _best(logits, len(logits))
+    sorted_weights = weights[order]
     if sampling.top_p < 1:  # the fewest whose probability reaches top_p
-        kept = min(kept, int(np.searchsorted(totals, sampling.top_p * totals[-1])) + 1)
-    drawn = uniform(sampling.seed, index) * totals[kept - 1]
-    return int(order[min(int(np.searchsorted(totals[:kept], drawn, side="right")), kept - 1)])
+        kept = int(np.searchsorted(sorted_weights.cumsum(), wanted)) + 1
+        sorted_weights = sorted_weights[:kept]
+    return int(order[_pick(sorted_weights, drawn)])
+
+
+def _pick(weights: NDArray[np.float64], drawn: float) -> int:
+    totals = weights.cumsum()
+    return min(int(np.searchsorted(totals, drawn * totals[-1], side="right")), len(weights) - 1)
+
+
+def _best(logits: NDArray[np.float32], count: int) -> NDArray[np.intp]:
+    """The `count` largest, best first, equal ones by their number; without sorting a whole vocabulary."""
+    if count < len(logits):
+        least = np.partition(logits, len(logits) - count)[len(logits) - count]
+        above = np.flatnonzero(logits > least)
+        chosen = np.concatenate([above, np.flatnonzero(logits == least)[: count - len(above)]])
+    else:
+        chosen = np.arange(len(logits))
+    return chosen[np.argsort(-logits[chosen], kind="stable")]

@@ -23,14 +23,14 @@ MODEL = ModelShape(LAYERS, HEADS, KV_HEADS, HEAD_DIM)
 
 
 @contextmanager
-def serving(count, threads=1):
+def serving(count, threads=1, kernel="fused"):
     """Servers of `count` workers and their addresses; ended at the end."""
     torch.set_num_threads(1)
     servers, running, addresses = [], [], []
     for _ in range(count):
         listener = socket.create_server(("127.0.0.1", 0))
         addresses.append(("127.0.0.1", listener.getsockname()[1]))
-        server = Server(listener, TOKEN, Session(1 << 24, threads), drain_timeout_s=0.1)
+        server = Server(listener, TOKEN, Session(1 << 24, threads, kernel=kernel), drain_timeout_s=0.1)
         thread = threading.Thread(target=server.serve, daemon=True)
         thread.start()
         servers.append(server)

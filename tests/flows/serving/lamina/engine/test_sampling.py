@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare, kstest
 
-from flows.serving.lamina.engine.sampling import NotFinite, choose, uniform
+from flows.serving.lamina.engine.sampling import NotFinite, _best, choose, uniform
 from flows.serving.lamina.requests import Sampling
 
 LOGITS = np.log(np.array([0.5, 0.25, 0.125, 0.0625, 0.0625], np.float32))
@@ -61,3 +61,21 @@ def test_extremes_stay_in_the_vocabulary() -> None:
     logits = np.array([1e30, -1e30, 0], np.float32)
     for temperature in (1e-6, 100.0):
         assert choose(logits, Sampling(temperature=temperature, top_p=1e-9), 4).token == 0
+
+
+@pytest.mark.parametrize("count", [1, 5, 100, 3000])
+def test_the_best_are_those_of_a_full_sort(count: int) -> None:
+    generator = np.random.default_rng(0)
+    logits = generator.integers(0, 400, 3000).astype(np.float32)  # many equal ones
+    np.testing.assert_array_equal(_best(logits, count), np.argsort(-logits, kind="stable")[:count])
+
+
+@pytest.mark.parametrize("spread", [0.0, 8.0])  # flat: nearly all are within top_p; steep: a few
+def test_top_p_over_a_large_vocabulary_keeps_the_fewest_that_reach_it(spread: float) -> None:
+    logits = (np.random.default_rng(0).standard_normal(5000) * spread).astype(np.float32)
+    weights = np.sort(np.exp(logits.astype(np.float64)))[::-1]
+    kept = int(np.searchsorted(weights.cumsum(), 0.9 * weights.sum())) + 1
+    allowed = set(np.argsort(-logits, kind="stable")[:kept].tolist())
+    found = {choose(logits, Sampling(seed=1, top_p=0.9), index).token for index in range(1500)}
+    assert found <= allowed
+    assert len(found) > min(kept, 1500) / 4
