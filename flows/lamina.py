@@ -21,9 +21,12 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 from flows import environment, files, params, paths
-from flows.errors import ConfigError
+from flows.errors import ConfigError, ResourceError
 from flows.params import Lamina, Params
+from flows.serving.lamina.api.gateway import read_api_key
 from flows.serving.lamina.api.hooks import Hooks, Running
 from flows.serving.lamina.cluster.child import say_on_stderr
 from flows.serving.lamina.cluster.cluster_file import ClusterFile, read_cluster_file
@@ -36,6 +39,7 @@ from flows.supervisor import fetch
 
 if TYPE_CHECKING:
     from flows.serving.lamina.api.server import Server
+    from flows.serving.lamina.attention.partition import Partition
 
 ENVIRONMENT = "LAMINA__"
 POLL_S = 0.1
@@ -104,6 +108,9 @@ def serve_language(
     if hosts is not None:
         checked = read_settings(changes, {**flags, **settings_of(hosts, flags, checked.lamina)})
     settings = checked.lamina
+    read_api_key(settings.http.api_key_file)  # for its errors; it is read again when requests can come
+    if hosts is None:
+        check_memory(settings)
     environment.interrupt_on_sigterm()
     with (
         suppress(KeyboardInterrupt),  # told to stop before there was anything to finish
@@ -157,22 +164,53 @@ def digest_of(bundle: Bundle) -> str:
 def check_division(settings: Lamina, bundle: Bundle) -> None:
     """
     Raises:
-        ConfigError: the model's heads do not divide over the attention workers as the settings say.
+        ConfigError: the model's heads do not divide over the attention workers as the settings say, or not
+            one block of keys and values has room.
     """
-    from flows.serving.lamina.attention.partition import share_heads
+    from flows.serving.lamina.attention.partition import HeadPartition, RequestPartition, share_heads
+    from flows.serving.lamina.engine.memory import pages_that_fit
 
     cluster, workers = settings.cluster, settings.cluster.attention_workers
-    if not workers:
-        if workers_beside(settings):
-            raise ConfigError("there are no attention workers that spares or a parity worker could stand by")
-        return
-    weights = cluster.weights if isinstance(cluster.weights, list) else [1.0] * workers
-    if len(weights) != workers:
+    manifest = bundle.manifest
+    if not workers and workers_beside(settings):
+        raise ConfigError("there are no attention workers that spares or a parity worker could stand by")
+    if workers:
+        check_weights(cluster.weights, workers)
+    if cluster.partition == "head":
+        weights = cluster.weights if workers and isinstance(cluster.weights, list) else [1.0] * (workers or 1)
+        share_heads(manifest.kv_heads, weights)
+        partition: Partition = HeadPartition(manifest.kv_heads, weights)
+    else:
+        partition = RequestPartition(manifest.kv_heads, workers or 1)
+    try:
+        pages_that_fit(partition, manifest.layers, manifest.head_size, settings.kv.mb_per_worker << 20)
+    except ResourceError as error:
+        raise ConfigError(f"lamina.kv.mb_per_worker: {error}") from None
+
+
+def check_memory(settings: Lamina) -> None:
+    """
+    Raises:
+        ConfigError: the attention workers are given more than this machine has.
+    """
+    processes, each = settings.processes or 1, settings.kv.mb_per_worker
+    total = psutil.virtual_memory().total >> 20
+    if processes * each > total:
+        raise ConfigError(
+            f"lamina.kv.mb_per_worker {each} for {processes} process{'es' if processes > 1 else ''} is "
+            f"more than the {total} MB that this machine has"
+        )
+
+
+def check_weights(weights: str | list[float], workers: int) -> None:
+    """
+    Raises:
+        ConfigError: a list of another length.
+    """
+    if isinstance(weights, list) and len(weights) != workers:
         raise ConfigError(
             f"lamina.cluster.weights has {len(weights)} entries for {workers} attention workers"
         )
-    if cluster.partition == "head":
-        share_heads(bundle.manifest.kv_heads, weights)
 
 
 def check_room(settings: Lamina, bundle: Bundle) -> None:

@@ -97,17 +97,37 @@ def test_the_port_is_looked_at_before_the_bundle_and_the_bundle_before_any_proce
         ({"cluster.attention_workers": 0, "cluster.spares": 1}, "no attention workers that spares"),
         ({"cluster.weights": [1.0, 2.0, 3.0]}, "3 entries for 2 attention workers"),
         ({"kv.redundancy": "parity", "cluster.partition": "request"}, "parity needs attention workers"),
+        ({"kv.mb_per_worker": 1}, r"lamina\.kv\.mb_per_worker: .* less than one block"),
+        (
+            {"kv.mb_per_worker": 1, "cluster.attention_workers": 0, "cluster.partition": "sequence"},
+            "one block",
+        ),
     ],
 )
 def test_a_model_that_does_not_divide_is_refused(
     flags: dict[str, Any], message: str, workspace: Path
 ) -> None:
-    bundle: Any = SimpleNamespace(manifest=SimpleNamespace(kv_heads=4))
+    bundle: Any = SimpleNamespace(manifest=SimpleNamespace(kv_heads=4, layers=5, head_size=64))
     with pytest.raises(ConfigError, match=message):
         check_division(read_settings([], flags).lamina, bundle)
     check_division(
         read_settings([], {"cluster.attention_workers": 5, "cluster.partition": "request"}).lamina, bundle
     )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("lamina.kv.mb_per_worker=100000000", "for 2 processes is more than the [0-9]+ MB"),
+        ("lamina.http.api_key_file=nowhere", "'nowhere' cannot be read"),
+    ],
+)
+def test_what_can_be_known_before_anything_starts_is_an_error_then(
+    change: str, message: str, workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lamina, "listening_socket", lambda *_: pytest.fail("it would have gone on"))
+    with pytest.raises(ConfigError, match=message):
+        serve_language(workspace / "nowhere", [change], {})
 
 
 @pytest.mark.parametrize(

@@ -105,11 +105,14 @@ class _Conversation:
     def __init__(self, connection: socket.socket, take: Callable[[ToEngine], None]) -> None:
         self._socket, self._take = connection, take
         self._unsent: queue.Queue[Message | None] = queue.Queue(MAX_UNSENT)
+        self._ended = False
         self._writer = threading.Thread(target=self._write, daemon=True)
         self._writer.start()
         threading.Thread(target=self._read, daemon=True).start()
 
     def send(self, message: Message) -> None:
+        if self._ended:
+            return  # nobody would take it from the queue
         try:
             self._unsent.put_nowait(message)
         except queue.Full:
@@ -121,9 +124,12 @@ class _Conversation:
         self._writer.join(2.0)
 
     def cut(self) -> None:
+        self._ended = True
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
+        with suppress(queue.Full):  # then the writer is sending, and that fails now
+            self._unsent.put_nowait(None)
 
     def _read(self) -> None:
         with suppress(OSError, DataError), self._socket.makefile("rb") as lines:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
 
@@ -49,6 +49,7 @@ from flows.serving.lamina.slices.runner import Slices
 IDLE_S = 0.05
 RESTORE_S = 1.0  # how often missing workers are looked for
 KEPT_ENDED = 1024  # requests that have ended and may still be followed
+KEPT_IN_JOURNAL = 64  # of them, when the journal is written anew
 MAX_CONTRADICTIONS = 3
 CHECK_EVERY = 256  # iterations between two checks of the page tables
 Rows = Sequence[tuple[Request, Span]]
@@ -104,6 +105,8 @@ class Engine:
     def turn(self) -> None:
         """One round of the loop."""
         idle = not (self.scheduler.running or self.scheduler.waiting)
+        if not self.scheduler.running:
+            self._progress = time.monotonic()  # nothing can stand still; what starts next has all its time
         self._take_messages(IDLE_S if idle else 0.0)
         if self.draining and not (self.scheduler.running or self.scheduler.waiting):
             self.stopped = True
@@ -226,7 +229,7 @@ class Engine:
         for remembered in self.journal.requests.values():
             request = Request(remembered.submit, self._orders, choices=list(remembered.choices))
             request.tokens += [choice.token for choice in request.choices]
-            request.recoveries = remembered.restarts
+            request.recoveries = remembered.restarts + 1  # this start is one, too
             self._orders += 1
             if remembered.finished is not None:
                 self._ended[request.id] = request, remembered.finished
@@ -328,11 +331,17 @@ class Engine:
             self._send(request.event(request.generated - 1))
             if finished := self._natural_end(request):
                 self._end(request, finished)
-        self.journal.compact(
-            Remembered(request.submit, request.choices) for request in self._requests.values()
-        )
+        self.journal.compact(self._worth_keeping())
         if self.iteration % CHECK_EVERY == 0:
             self.memory.check({request.slot: request for request in self.scheduler.running})
+
+    def _worth_keeping(self) -> Iterator[Remembered]:
+        """What a new journal has: what is open, and ends that the HTTP process may not have been told yet."""
+        recent = islice(reversed(self._ended.values()), KEPT_IN_JOURNAL)
+        for request, finished in reversed(list(recent)):
+            yield Remembered(request.submit, request.choices, finished)
+        for request in self._requests.values():
+            yield Remembered(request.submit, request.choices)
 
     def _natural_end(self, request: Request) -> Finished | None:
         last = request.tokens[-1]
@@ -384,14 +393,16 @@ class Engine:
         """Until the next iteration can begin, whatever else is lost meanwhile."""
         began = time.monotonic()
         self.state = "recovering"
-        contradiction = not isinstance(error, WorkerLost)
-        if contradiction:  # a worker and this engine disagree on what is stored: nothing there is believed
-            self._contradictions += 1
-            if self._contradictions > MAX_CONTRADICTIONS:
-                raise ResourceError(f"attention workers refuse again and again: {error}")
         lost: set[int] = set()  # also of attempts that did not come to their end
-        rebuilt = False
+        rebuilt = contradiction = False
         while True:
+            if not isinstance(
+                error, WorkerLost
+            ):  # a worker and this engine disagree: nothing there is believed
+                contradiction = True
+                self._contradictions += 1
+                if self._contradictions > MAX_CONTRADICTIONS:
+                    raise ResourceError(f"attention workers refuse again and again: {error}")
             change = self.workers.reconnect(error, self._meanwhile)
             lost, rebuilt = change.lost | lost, change.rebuilt or rebuilt
             change.lost, change.rebuilt = lost, rebuilt

@@ -5,7 +5,7 @@ One JSON line per record: `submit` (the whole request), `tokens` (one iteration'
 left of one is cut off. Lines go to the operating system before a token is sent, so an engine that is killed
 loses nothing; they are not forced to the platter, so a power cut may. The file has mode 0600.
 
-When it has grown to its limit it is written anew without the requests that have ended.
+When it has grown to its limit it is written anew without the requests that ended a while ago.
 """
 
 from __future__ import annotations
@@ -91,18 +91,21 @@ class Journal:
         for message in finished:
             self._write({"t": "finished", "finished": message.model_dump()})
 
-    def compact(self, live: Iterable[Remembered]) -> bool:
-        """Write the file anew with `live` alone, if it has reached its limit."""
+    def compact(self, kept: Iterable[Remembered]) -> bool:
+        """Write the file anew with `kept` alone, if it has reached its limit."""
         if self._file is None or self._size < self._limit:
             return False
         assert self.path is not None
         lines = [orjson.dumps({"t": "epoch", "epoch": self.epoch})]
-        for request in live:
+        for request in kept:
             lines.append(orjson.dumps({"t": "submit", "submit": request.submit.model_dump()}))
             tokens = [[request.submit.id, index, *choice] for index, choice in enumerate(request.choices)]
             lines.append(orjson.dumps({"t": "tokens", "tokens": tokens}))
+            if request.finished is not None:
+                lines.append(orjson.dumps({"t": "finished", "finished": request.finished.model_dump()}))
         data = b"".join(line + b"\n" for line in lines)
         temporary = self.path.with_name(self.path.name + ".new")
+        new = -1
         try:
             new = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
             with os.fdopen(os.dup(new), "wb") as stream:
@@ -110,12 +113,15 @@ class Journal:
                 stream.flush()
                 os.fsync(new)
             os.replace(temporary, self.path)
-        except OSError:  # the old one still holds
+        except OSError:  # the old one still holds, and needs the room that half a new one takes
+            if new >= 0:
+                os.close(new)
+            temporary.unlink(missing_ok=True)
             self._limit = self._size * 2
             return False
         os.close(self._file)
         self._file, self._size = new, len(data)
-        # what is live alone may fill it: then the next time is when it has doubled
+        # what is kept alone may fill it: then the next time is when it has doubled
         self._limit = max(self._limit, 2 * self._size)
         return True
 
@@ -129,8 +135,8 @@ class Journal:
             return
         data = orjson.dumps(record) + b"\n"
         try:
-            written = os.write(self._file, data)
-            if written < len(data):  # a disk that is nearly full takes a part
+            written = 0
+            while written < len(data):  # a disk that is nearly full takes a part
                 written += os.write(self._file, data[written:])
             self._size += len(data)
         except OSError as error:

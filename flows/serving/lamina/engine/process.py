@@ -28,7 +28,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flows import files
-from flows.errors import ConfigError, DataError, TrunklineError, explain
+from flows.errors import ConfigError, DataError, ResourceError, TrunklineError, explain
 from flows.params import Lamina
 from flows.serving import session
 from flows.serving.lamina.attention.pool import Address, ModelShape
@@ -69,7 +69,7 @@ class Process:
         self.engine: Engine | None = None
         self.drain_asked = False
         self._early: list[ToEngine] = []
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal may come while this very thread has it
         self.endpoint = Endpoint(
             config.socket,
             config.lamina.cluster.heartbeat_ms / 1000,
@@ -253,6 +253,13 @@ def main(argv: list[str] | None = None) -> int:
     except TrunklineError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
+    except MemoryError:
+        print(
+            "error: there is not enough memory for the model and its tables of pages",
+            file=sys.stderr,
+            flush=True,
+        )
+        return ResourceError.exit_code
     except OSError as error:
         explained = explain(error)
         if explained is None:

@@ -127,7 +127,8 @@ class Workers:
         return self.pool
 
     def start(self, meanwhile: Meanwhile) -> None:
-        """Connect to all workers, which may still be starting.
+        """Connect to all workers, which may still be starting. One that takes connections and says nothing is
+        reported as lost, as it may be stopped and would stay so.
 
         Raises:
             ResourceError: not all answered.
@@ -135,12 +136,15 @@ class Workers:
         """
         deadline = time.monotonic() + START_S
         while True:
+            began = time.monotonic()
             try:
                 if self.settings.cluster.weights == "auto" and not self._speeds:
                     self._measure()
                 self._open(PROBE_S * 10)
                 return
             except WorkerLost as error:
+                if time.monotonic() - began > PROBE_S:  # else it was refused: nobody is there yet
+                    self._on_lost(self._addresses[error.worker], 0, str(error))
                 if time.monotonic() > deadline:
                     raise ResourceError(f"not all attention workers have started: {error}") from None
             meanwhile()
@@ -235,10 +239,12 @@ class Workers:
 
     def _measure(self) -> None:
         """Divide by the memory bandwidth that each worker has measured."""
-        try:
-            found = ask_bandwidths(self._addresses, self._token, self.epoch)
-        except TrunklineError as error:  # one that has not started yet
-            raise WorkerLost(0, str(error)) from None
+        found = []
+        for worker, address in enumerate(self._addresses):
+            try:
+                found += ask_bandwidths([address], self._token, self.epoch, PROBE_S * 5)
+            except TrunklineError as error:  # one that has not started yet
+                raise WorkerLost(worker, str(error)) from None
         self._speeds = dict(zip(self._addresses, found, strict=True))
         self._divide(self._wanted - self.parity)
 

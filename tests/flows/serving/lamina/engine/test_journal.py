@@ -81,16 +81,54 @@ def test_a_grown_journal_is_written_anew_with_what_is_open(tmp_path: Path) -> No
     assert [choice.token for choice in Journal(path).requests["open"].choices] == [4, 5]
 
 
+def test_a_new_journal_keeps_ends_that_nobody_may_have_been_told(bundle: Bundle, tmp_path: Path) -> None:
+    with serving(1) as (_, addresses):
+        driven = make_engine(bundle, addresses, journal=Journal(tmp_path / "j", limit_bytes=1))
+        driven.submit("ended", PROMPTS[0], 3)
+        driven.submit("open", PROMPTS[1], 30)
+        while not any(getattr(said, "type", "") == "finished" for said in driven.said):
+            driven.engine.turn()
+        driven.engine.workers.close()
+    again = Journal(tmp_path / "j")
+    ended = again.requests["ended"]
+    assert ended.finished is not None
+    assert [choice.token for choice in ended.choices] == driven.tokens("ended")
+    assert again.requests["open"].finished is None
+
+
+def test_a_new_journal_that_cannot_be_written_leaves_the_old_one_alone(tmp_path: Path, monkeypatch) -> None:
+    journal = Journal(tmp_path / "journal", limit_bytes=10)
+    journal.submitted(submit("open"))
+    before = set(os.listdir("/proc/self/fd"))
+
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module.os, "fsync", full)
+    assert not journal.compact([Remembered(submit("open"))])
+    assert [path.name for path in tmp_path.iterdir()] == ["journal"]
+    assert set(os.listdir("/proc/self/fd")) == before
+    journal.chose([("open", 0, Choice(5, None, ()))])
+    journal.close()
+    assert len(Journal(tmp_path / "journal").requests["open"].choices) == 1
+
+
+def test_a_record_that_the_disk_takes_in_pieces_is_written_whole(tmp_path: Path, monkeypatch) -> None:
+    journal = Journal(tmp_path / "journal")
+    real = os.write
+    monkeypatch.setattr(module.os, "write", lambda handle, data: real(handle, data[:50]))
+    journal.submitted(submit("a"))
+    journal.submitted(submit("b"))
+    monkeypatch.undo()
+    journal.close()
+    assert set(Journal(tmp_path / "journal").requests) == {"a", "b"}
+
+
 def test_a_full_disk_refuses_and_leaves_whole_lines(tmp_path: Path, monkeypatch) -> None:
     path = tmp_path / "journal"
     journal = Journal(path)
     journal.submitted(submit("a"))
     real = os.write
-
-    def full(handle: int, data: bytes) -> int:
-        if len(data) > 10:
-            return real(handle, data[:10])
-        raise OSError(28, "No space left on device")
 
     def nearly_full(handle: int, data: bytes) -> int:
         if not state["tried"]:
@@ -131,6 +169,7 @@ def test_the_next_engine_goes_on_with_the_same_text(
             assert known[event.id].event(event.index) == event
         for index, tokens in enumerate(expected):
             request = known[f"r{index}"]
+            assert request.recoveries == 1  # an engine that starts is an interruption, the first one, too
             assert [choice.token for choice in request.choices] == tokens
         second.assert_nothing_leaked()
         second.engine.workers.close()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from engines import PROMPTS, Driven, an_engine, reference
 
+from flows.errors import DataError, ResourceError
 from flows.serving.lamina.requests import Accepted, Cancel, Drain, Follow
 from flows.serving.lamina.slices.bundle import Bundle
 
@@ -180,3 +181,42 @@ def test_many_requests_leave_no_page_behind(bundle: Bundle) -> None:
         ended = [said for said in driven.said if getattr(said, "type", "") == "finished"]
         assert len(ended) == 120
         driven.assert_nothing_leaked()
+
+
+def test_a_request_after_a_long_idle_time_is_not_taken_for_one_that_stands_still(
+    driven: Driven, monkeypatch
+) -> None:
+    engine = driven.engine
+    beats = []
+    iterate = engine._iterate
+
+    def watched(rows):
+        beats.append(engine.heartbeat())
+        return iterate(rows)
+
+    monkeypatch.setattr(engine, "_iterate", watched)
+    engine._progress -= 3600.0  # nothing was asked for an hour
+    driven.submit("r", PROMPTS[0], 2)
+    driven.turn_until_done()
+    assert beats[0].running == 1
+    assert beats[0].since_progress_s < 60.0
+    engine._progress -= 3600.0
+    engine.scheduler.running.append(None)  # type: ignore[arg-type]  # something runs, and stands still
+    assert engine.heartbeat().since_progress_s > 3000.0
+    engine.scheduler.running.clear()
+
+
+def test_workers_that_refuse_again_and_again_end_the_engine_instead_of_a_loop(
+    bundle: Bundle, monkeypatch
+) -> None:
+    with an_engine(bundle, 1) as driven:
+        attempts = []
+
+        def refused(change) -> None:
+            attempts.append(change)
+            assert len(attempts) < 20, "it never ends"
+            raise DataError("slot 3 is unknown")
+
+        monkeypatch.setattr(driven.engine, "_settle", refused)
+        with pytest.raises(ResourceError, match="again and again: slot 3"):
+            driven.engine._recover(DataError("slot 3 is unknown"))

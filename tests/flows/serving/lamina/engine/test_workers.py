@@ -1,11 +1,15 @@
 """Which workers still have their pages after the engine has connected again."""
 
+import socket
+
 import pytest
 from attention_servers import MODEL, TOKEN, serving
 
+from flows.errors import ResourceError
 from flows.params import check
 from flows.serving.lamina.attention.pool import WorkerLost
 from flows.serving.lamina.attention.transport import LinkTimeout, dial
+from flows.serving.lamina.engine import workers as module
 from flows.serving.lamina.engine.workers import Workers
 
 
@@ -78,3 +82,36 @@ def test_heads_are_divided_by_what_the_workers_have_measured(raw_params):
         workers.start(lambda: None)
         assert workers.partition.counts == [3, 1]
         workers.close()
+
+
+@pytest.mark.parametrize("weights", ["equal", "auto"])
+def test_a_worker_that_says_nothing_while_the_engine_starts_is_reported(raw_params, monkeypatch, weights):
+    monkeypatch.setattr(module, "PROBE_S", 0.1)
+    monkeypatch.setattr(module, "START_S", 0.5)
+    lost = []
+    with serving(1) as (_, addresses), socket.create_server(("127.0.0.1", 0)) as silent:
+        raw_params["lamina"]["cluster"]["weights"] = weights
+        raw_params["lamina"]["kv"]["mb_per_worker"] = 1
+        workers = Workers(
+            MODEL, check(raw_params, "").lamina, [*addresses, silent.getsockname()], TOKEN, first_epoch=1,
+            on_lost=lambda *found: lost.append(found), on_epoch=lambda _: None,
+        )  # fmt: skip
+        with pytest.raises(ResourceError, match="not all attention workers"):
+            workers.start(lambda: None)
+        workers.close()
+        assert {(address, pid) for address, pid, _ in lost} == {(silent.getsockname(), 0)}
+
+
+def test_a_worker_that_is_not_there_yet_is_not_reported(raw_params, monkeypatch):
+    monkeypatch.setattr(module, "START_S", 0.3)
+    lost = []
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        address = closed.getsockname()
+    raw_params["lamina"]["cluster"]["attention_workers"] = 1
+    workers = Workers(
+        MODEL, check(raw_params, "").lamina, [address], TOKEN, first_epoch=1,
+        on_lost=lambda *found: lost.append(found), on_epoch=lambda _: None,
+    )  # fmt: skip
+    with pytest.raises(ResourceError, match="not all attention workers"):
+        workers.start(lambda: None)
+    assert not lost
