@@ -79,8 +79,7 @@ def test_a_peer_that_sends_rubbish_is_cut_off_and_the_next_one_is_heard(endpoint
         pass
     for _ in range(100):
         made.send(Accepted(id="nobody"))  # without a connection it is dropped, and keeps nothing
-    assert made._current is not None
-    assert made._current._unsent.qsize() <= 2
+    assert made._current is None or made._current._unsent.qsize() <= 2
     following = connect(path)
     kinds(following, "heartbeat")
     following.sendall(encode(Cancel(id="r")))
