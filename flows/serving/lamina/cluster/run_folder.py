@@ -24,6 +24,7 @@ from flows.errors import ResourceError
 
 PREFIX = "lamina-"
 UNFINISHED = ".lamina-"
+MARK = ".trunkline-run"  # no folder without it is ever removed, whatever its name
 MAX_SOCKET_PATH = 100  # bytes, with some room: Linux takes 107, others 103
 MODULES = "flows.serving.lamina."
 TOKEN_BYTES = 32
@@ -97,7 +98,7 @@ def remove_stale(base: Path) -> list[Path]:
     """Remove the folders of services of this user that are dead, and end what is left of their processes."""
     removed = []
     for path in base.glob(f"{PREFIX}*"):
-        lock = _lock_of(path)
+        lock = _lock_of(path) if (path / MARK).is_file() else None
         if lock is None:
             continue
         try:
@@ -133,6 +134,7 @@ def _claim(base: Path) -> tuple[Path, int]:
         ) from None
     lock = os.open(hidden, os.O_RDONLY | os.O_DIRECTORY)
     fcntl.flock(lock, fcntl.LOCK_EX)
+    (hidden / MARK).touch()
     path = hidden.with_name(PREFIX + hidden.name.removeprefix(UNFINISHED))
     os.rename(hidden, path)
     return path, lock

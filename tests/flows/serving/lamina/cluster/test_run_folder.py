@@ -12,6 +12,7 @@ import pytest
 
 from flows.errors import ResourceError
 from flows.serving.lamina.cluster.run_folder import (
+    MARK,
     default_base,
     end_leftovers,
     remove_stale,
@@ -65,6 +66,7 @@ def test_a_socket_fits_below_a_long_folder_for_temporary_files(tmp_path, monkeyp
 def test_the_folders_of_dead_services_go_and_those_of_living_ones_stay(tmp_path):
     dead = tmp_path / "lamina-dead"
     dead.mkdir()
+    (dead / MARK).touch()
     (dead / "token").write_text("x")
     other = tmp_path / "lamina-link"
     other.symlink_to(dead)
@@ -79,6 +81,7 @@ def test_the_folders_of_dead_services_go_and_those_of_living_ones_stay(tmp_path)
 def test_what_a_dead_service_left_running_is_ended(tmp_path):
     dead = tmp_path / "lamina-dead"
     dead.mkdir()
+    (dead / MARK).touch()
     words = ["flows.serving.lamina.attention.worker", "--token-file"]
     command = [sys.executable, "-S", "-c", "import time; time.sleep(60)"]
     stranger = subprocess.Popen([*command, *words, str(tmp_path / "lamina-deadly" / "token")])
@@ -102,3 +105,11 @@ def test_no_place_for_it_is_said(tmp_path):
         run_folder(tmp_path / "gone"),
     ):
         pass
+
+
+def test_a_folder_of_somebody_else_is_left_alone_whatever_its_name(tmp_path):
+    notes = tmp_path / "lamina-notes"
+    notes.mkdir()
+    (notes / "thesis.txt").write_text("years of work")
+    assert remove_stale(tmp_path) == []
+    assert (notes / "thesis.txt").exists()
