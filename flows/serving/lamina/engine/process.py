@@ -48,6 +48,9 @@ from flows.serving.lamina.slices.bundle import MANIFEST, Bundle, read_bundle
 from flows.serving.lamina.slices.runner import Slices, open_slices
 
 
+CALIBRATIONS = 5  # attempts; every one may lose a worker
+
+
 class Config(BaseModel):
     """The content of FILE."""
 
@@ -160,14 +163,18 @@ def prepare(
     both = {split: opened(split) for split in (True, False) if wanted in ("auto", split)}
     invariant = workers.link.batch_invariant and all(map(slices_batch_invariant, both.values()))
     found = None
-    while found is None:
+    for attempt in range(CALIBRATIONS):
         try:
             found = calibration.measure(
                 key, both.get(True), both.get(False), workers, settings.sched.max_requests, invariant,
                 None if micro_batches == "auto" else micro_batches,
             )  # fmt: skip
+            break
         except WorkerLostError as error:
+            if attempt == CALIBRATIONS - 1:
+                raise
             workers.reconnect(error, lambda: None)
+    assert found is not None
     if file is not None:
         with suppress(OSError):  # the next start measures again
             calibration.write(file, found)
