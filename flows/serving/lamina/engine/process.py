@@ -47,7 +47,6 @@ from flows.serving.lamina.requests import Drain, Heartbeat, Message, ToEngine, W
 from flows.serving.lamina.slices.bundle import MANIFEST, Bundle, read_bundle
 from flows.serving.lamina.slices.runner import Slices, open_slices
 
-
 CALIBRATIONS = 5  # attempts; every one may lose a worker
 
 
