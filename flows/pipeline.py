@@ -52,7 +52,7 @@ environment.hide_traces_of_mistakes()
 REGISTERED_EVENT = "trunkline.challenger.registered"
 CONTROL = ("finetune@scratch", "evaluate@scratch")
 ENDS = {
-    "image": ("finetune", "evaluate", "parity"),
+    "image": ("pretrain", "finetune", "evaluate", "parity"),
     "causal_lm": ("language_evaluate", "language_export"),
 }
 """What a run of each `objective` ends with; the stages that lead there are its track. Others (`study`, which
