@@ -1,12 +1,16 @@
-"""The port of a server, claimed before anything is loaded, so that an occupied one is reported at once."""
+"""The port of a server, claimed before anything is loaded, so that an occupied one is reported at once, and
+the signals that end it."""
 
 from __future__ import annotations
 
 import errno
 import os
+import signal
 import socket
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 from flows.errors import ConfigError, ResourceError
 
@@ -39,6 +43,20 @@ def listening_socket(host: str, port: int, section: str) -> Iterator[socket.sock
         except OSError as error:
             raise _explain_bind(error, host, port, section) from None
         yield listener
+
+
+@contextmanager
+def caught_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """SIGINT and SIGTERM go to `handler`; in another thread than the main one nothing can be caught."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, before in previous.items():
+            signal.signal(number, before)
 
 
 def _explain_bind(error: OSError, host: str, port: int, section: str) -> ResourceError | ConfigError:

@@ -6,9 +6,7 @@ stop, the server is not ready at once, answers what it has admitted within `serv
 
 from __future__ import annotations
 
-import signal
 import socket
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,7 +18,7 @@ import uvicorn
 
 from flows.errors import ResourceError, explain_os_error
 from flows.params import Serve
-from flows.serving.listening import listening_socket, server_url
+from flows.serving.listening import caught_signals, listening_socket, server_url
 from flows.serving.vision.access_log import AccessLog
 from flows.serving.vision.app import create_app
 from flows.serving.vision.model import Release, load_model
@@ -141,14 +139,5 @@ class _Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Returns normally instead of dying from the signal."""
-        if threading.current_thread() is not threading.main_thread():
-            yield  # signals can only be caught in the main thread
-            return
-        previous = {
-            number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)
-        }
-        try:
+        with caught_signals(self.handle_exit):
             yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)

@@ -8,6 +8,7 @@ is ignored silently but `user`, which says nothing about the answer.
 from __future__ import annotations
 
 import secrets
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -99,14 +100,14 @@ class _Request(_Strict):
         return self
 
     @property
+    @abstractmethod
     def answer_tokens(self) -> int | None:
         """None: as many as the context has room for."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def alternatives(self) -> int | None:
         """Beside each chosen token; None: no probabilities at all."""
-        raise NotImplementedError
 
     @property
     def include_usage(self) -> bool:

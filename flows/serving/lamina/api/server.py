@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 import socket
-import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import CancelledError
@@ -39,7 +37,7 @@ from flows.serving.lamina.api.service import Service
 from flows.serving.lamina.api.texts import Texts
 from flows.serving.lamina.requests import WorkersMoved
 from flows.serving.lamina.slices.bundle import Bundle
-from flows.serving.listening import listening_socket
+from flows.serving.listening import caught_signals, listening_socket
 
 IDLE_CONNECTIONS = 256  # beside those with a request; further ones get 503
 KEEP_ALIVE_S = 10
@@ -282,14 +280,5 @@ class Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Returns normally instead of dying from the signal."""
-        if threading.current_thread() is not threading.main_thread():
-            yield  # signals can only be caught in the main thread
-            return
-        previous = {
-            number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)
-        }
-        try:
+        with caught_signals(self.handle_exit):
             yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
